@@ -1,0 +1,62 @@
+# Needs Python 3.11 or newer, make, and a package registry; everything lands in .venv.
+PYTHON ?= python3
+# make lock UPGRADE=--upgrade moves every pin to its newest version
+UPGRADE ?=
+
+BIN := .venv/bin
+PIP_INSTALL := -m pip install --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench omniglot lock clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: .venv/.installed ## the environment of requirements.lock, in .venv (PYTHON=python3.12 picks a Python)
+
+demo: .venv/.installed ## train MAML on synthetic glyphs and write its report, in minutes on a laptop
+	$(BIN)/bilevel demo
+
+test: .venv/.installed ## all tests, and the examples in the docstrings
+	$(BIN)/python -m pytest
+
+check: .venv/.installed ## lint, format, types, layering and docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest tests/test_layering.py
+
+bench: .venv/.installed .venv-peers/.installed ## time bilevel against its peers
+	$(BIN)/python bench/run.py
+
+omniglot: .venv/.installed ## MAML on Omniglot, from training to test accuracy
+	$(BIN)/bilevel train maml-omniglot --folder runs/omniglot
+	$(BIN)/bilevel eval runs/omniglot
+
+lock: ## rewrite requirements.lock from pyproject.toml (UPGRADE=--upgrade moves every pin)
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python $(PIP_INSTALL) --quiet uv
+	.venv-lock/bin/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11 \
+	  --fork-strategy fewest --generate-hashes --no-emit-index-url --no-annotate \
+	  --custom-compile-command "make lock" --extra dev --output-file requirements.lock pyproject.toml
+	rm -rf .venv-lock
+
+clean: ## remove the environments and caches; runs/ stays
+	rm -rf .venv .venv-peers .venv-lock .pytest_cache .ruff_cache build dist src/*.egg-info
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last, so an interrupted installation starts again from an empty folder.
+.venv/.installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "bilevel needs Python 3.11 or newer, '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -n 1)." \
+	    "Name another, as in: make venv PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python $(PIP_INSTALL) --require-hashes -r requirements.lock
+	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv-peers/.installed: bench/peers/requirements.txt
+	$(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python $(PIP_INSTALL) -r bench/peers/requirements.txt
+	@touch $@

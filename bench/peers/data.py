@@ -1,0 +1,54 @@
+"""Fixed batches and initial weights in numpy alone, so that another library can time the same."""
+
+import numpy as np
+
+
+def dense(rng, fan_in: int, fan_out: int):
+    """Weight [fan_out, fan_in] and bias [fan_out], uniform within 1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    weight = rng.uniform(-bound, bound, (fan_out, fan_in))
+    return weight.astype(np.float32), rng.uniform(-bound, bound, fan_out).astype(np.float32)
+
+
+def sinusoid(num_tasks: int = 25, shots: int = 10, queries: int = 10):
+    """Support and query sets: x and y of shape [num_tasks, shots or queries, 1]."""
+    rng = np.random.default_rng(0)
+    amplitude = rng.uniform(0.1, 5.0, (num_tasks, 1, 1))
+    phase = rng.uniform(0.0, np.pi, (num_tasks, 1, 1))
+    x = rng.uniform(-5.0, 5.0, (num_tasks, shots + queries, 1))
+    y = amplitude * np.sin(x - phase)
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    return (x[:, :shots], y[:, :shots]), (x[:, shots:], y[:, shots:])
+
+
+def mlp_weights():
+    """Three layers 1-40-40-1, a pair of weight [out, in] and bias [out] each."""
+    rng = np.random.default_rng(1)
+    return [dense(rng, *sizes) for sizes in ((1, 40), (40, 40), (40, 1))]
+
+
+def omniglot(num_tasks: int = 32, ways: int = 5, shots: int = 1, queries: int = 15):
+    """Random images [num_tasks, ways * n, 1, 28, 28] and labels [num_tasks, ways * n], twice."""
+    rng = np.random.default_rng(0)
+
+    def part(count):
+        labels = np.tile(np.repeat(np.arange(ways), count), (num_tasks, 1))
+        # An image is its class's picture under noise, so that adaptation has something to learn.
+        images = pictures[np.arange(num_tasks)[:, None], labels]
+        return (images + 0.3 * rng.random(images.shape)).astype(np.float32), labels
+
+    pictures = (rng.random((num_tasks, ways, 1, 28, 28)) < 0.15).astype(np.float32)
+    return part(shots), part(queries)
+
+
+def conv4_weights(filters: int = 64, ways: int = 5):
+    """Four blocks of weight [out, in, 3, 3] and bias [out], then a dense pair [ways, filters].
+
+    The scale and shift of each batch norm start at 1 and 0.
+    """
+    rng = np.random.default_rng(1)
+    blocks = []
+    for channels in (1, filters, filters, filters):
+        weight, bias = dense(rng, channels * 9, filters)
+        blocks.append((weight.reshape(filters, channels, 3, 3), bias))
+    return blocks, dense(rng, filters, ways)

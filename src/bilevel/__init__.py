@@ -1,0 +1,51 @@
+"""One engine for bilevel (meta-) optimization: state the problem once, choose everything else."""
+
+from importlib.metadata import version as _version
+
+from bilevel import hypergrad, inner, learners, nets, tasks
+from bilevel.hypergrad import FirstOrderWarning, hypergradient
+from bilevel.learners import maml
+from bilevel.problem import Hypergradient, Learner, Problem, Solution, Task
+from bilevel.train import (
+    Evaluation,
+    HypergradientError,
+    MetaState,
+    Options,
+    Run,
+    adapt,
+    evaluate,
+    init_state,
+    mean_hypergradient,
+    meta_step,
+    train,
+)
+
+__version__ = _version("bilevel")
+
+__all__ = [
+    "Evaluation",
+    "FirstOrderWarning",
+    "Hypergradient",
+    "HypergradientError",
+    "Learner",
+    "MetaState",
+    "Options",
+    "Problem",
+    "Run",
+    "Solution",
+    "Task",
+    "adapt",
+    "evaluate",
+    "hypergrad",
+    "hypergradient",
+    "init_state",
+    "inner",
+    "learners",
+    "maml",
+    "mean_hypergradient",
+    "meta_step",
+    "nets",
+    "problem",
+    "tasks",
+    "train",
+]

@@ -1,0 +1,94 @@
+"""What every estimator does before and after its own part: keys, the outer loss, the stats."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.problem import (
+    Hypergradient,
+    InnerSolver,
+    IterativeSolver,
+    Key,
+    Meta,
+    Params,
+    Problem,
+    Scalar,
+    Task,
+)
+
+
+def split_keys(key: Key) -> tuple[Key, Key]:
+    """One key for the inner loop, one for the outer loss: every estimator sees the same randomness."""
+    inner, outer = jax.random.split(key)
+    return inner, outer
+
+
+def outer_objective(
+    problem: Problem, params: Params, meta: Meta, task: Task, key: Key
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """The outer loss on the query batch, and the problem's metrics on both batches."""
+    value = problem.outer_loss(params, meta, task.query, key)
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"outer_loss must return a scalar, got shape {jnp.shape(value)}; take a mean or a sum"
+        )
+    return value, problem_metrics(problem, params, meta, task, key)
+
+
+def problem_metrics(
+    problem: Problem, params: Params, meta: Meta, task: Task, key: Key
+) -> dict[str, Scalar]:
+    """`query_<name>` and `support_<name>` for each of `Problem.metrics`."""
+    if problem.metrics is None:
+        return {}
+    params, meta = jax.lax.stop_gradient((params, meta))
+    return {
+        f"{part}_{name}": value
+        for part, batch in (("query", task.query), ("support", task.support))
+        for name, value in problem.metrics(params, meta, batch, key).items()
+    }
+
+
+def differentiate(objective: Callable, meta: Meta) -> Hypergradient:
+    """Value and gradient of `objective(meta) -> (value, stats)` as a `Hypergradient`.
+
+    Raises:
+        TypeError: when a leaf of `meta` is not a float, so that it has no derivative.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(meta):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"meta{jax.tree_util.keystr(path)} is {dtype}, which has no derivative; meta holds what "
+                "is learned: make it a float, or move it into a field or a closure"
+            )
+    (value, stats), grad = jax.value_and_grad(objective, has_aux=True)(meta)
+    leaves = jax.tree.leaves(grad)
+    zero = sum((~jnp.any(leaf)).astype(jnp.float32) for leaf in leaves)
+    finite = jnp.isfinite(value)
+    for leaf in leaves:
+        finite &= jnp.all(jnp.isfinite(leaf))
+    stats = {**stats, "zero_leaves": zero, "finite": finite.astype(jnp.float32)}
+    return Hypergradient(value, grad, stats)
+
+
+def require_iterative(estimator: object, solver: InnerSolver) -> None:
+    """Refuse a solver that cannot be run step by step."""
+    if not isinstance(solver, IterativeSolver):
+        raise TypeError(
+            f"{type(estimator).__name__} differentiates through the steps of the inner solver, and "
+            f"{type(solver).__name__} has no steps (num_steps, init, step); "
+            "use bl.inner.Gradient(optimizer, num_steps)"
+        )
+
+
+def require_checkpoint(estimator: object, checkpoint: int | None) -> None:
+    """Refuse a checkpoint interval that is no positive whole number."""
+    if checkpoint is not None and (
+        isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or checkpoint < 1
+    ):
+        raise ValueError(
+            f"{type(estimator).__name__}.checkpoint must be None or a number of inner steps of at least 1, "
+            f"got {checkpoint!r}"
+        )

@@ -1,0 +1,52 @@
+"""Exact hypergradient with forward-over-reverse inner gradients: less memory and time."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bilevel.hypergrad.common import require_checkpoint
+from bilevel.hypergrad.unroll import Unroll
+from bilevel.linalg import mixed_gradient
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Exact hypergradient; the inner gradient is differentiated forward over reverse (mixed mode).
+
+        (∂φ, ∂θ) ⟨v, ∇φ g⟩ = ∂ε ∇₍φ,θ₎ g(φ + ε v, θ)
+
+    The same numbers as `Unroll`. No activation of the inner backward pass is kept, only φₖ.
+
+    Args:
+        checkpoint: as in `Unroll`: keep only every `checkpoint`-th inner state.
+
+    Raises:
+        TypeError: when the solver has no steps, or the inner loss holds a `jax.custom_vjp`, which has no
+            forward mode (use `Unroll`).
+        ValueError: when `checkpoint` is not a positive whole number.
+
+    Cost: about 4 inner gradients a step in time; memory O(K dim φ + activations of one inner gradient).
+    Independent of dim θ. Unbiased: exact for the K steps run.
+
+    Reference: Kemaev et al., MixFlow-MG, 2025.
+
+    >>> import bilevel as bl, jax, optax
+    >>> problem = bl.Problem(init=lambda meta, key: meta,
+    ...                      inner_loss=lambda params, meta, batch, key: 0.5 * params**2,
+    ...                      outer_loss=lambda params, meta, batch, key: params)
+    >>> solver = bl.inner.Gradient(optax.sgd(0.5), num_steps=3)
+    >>> task, key = bl.Task(None, None), jax.random.key(0)
+    >>> print(bl.hypergradient(problem, solver, Mixed(), 8.0, task, key).grad)
+    0.125
+    """
+
+    checkpoint: int | None = None
+    gradient: ClassVar = staticmethod(mixed_gradient)
+
+    def __post_init__(self):
+        require_checkpoint(self, self.checkpoint)
+
+    # Only the derivative of the inner gradient differs from Unroll.
+    check = Unroll.check
+    init = Unroll.init
+    solve = Unroll.solve
+    estimate = Unroll.estimate

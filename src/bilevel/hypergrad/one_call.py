@@ -1,0 +1,46 @@
+"""The one-call door for people who bring their own outer loop."""
+
+from bilevel.problem import Estimator, Hypergradient, InnerSolver, Key, Meta, Problem, Task
+
+
+def hypergradient(
+    problem: Problem,
+    solver: InnerSolver,
+    estimator: Estimator,
+    meta: Meta,
+    task: Task,
+    key: Key,
+) -> Hypergradient:
+    """The outer loss of one task and its gradient in `meta`.
+
+        (F(θ), dF/dθ)   with   F(θ) = outer_loss(solve(inner_loss, θ, support), θ, query)
+
+    Args:
+        problem: what is learnt.
+        solver: how the inner problem is solved.
+        estimator: how the gradient is obtained; exchanging it never changes the problem.
+        meta: θ, any tree of floats.
+        task: one task; for a batch use `jax.vmap` over its leading axis, or `bl.meta_step`.
+        key: all randomness of the call.
+
+    Returns:
+        A `Hypergradient`. Pure and traceable: put `jax.jit` around your own loop.
+
+    Raises:
+        ValueError, TypeError: when the three do not go together, or meta holds something other than floats.
+
+    Cost and bias: those of the estimator. An estimator with a state starts afresh at each call.
+
+    >>> import bilevel as bl, jax, optax
+    >>> problem = bl.Problem(init=lambda meta, key: meta["init"],
+    ...                      inner_loss=lambda params, meta, batch, key: 0.5 * (params - batch) ** 2,
+    ...                      outer_loss=lambda params, meta, batch, key: 0.5 * (params - batch) ** 2)
+    >>> solver = bl.inner.Gradient(lambda meta: optax.sgd(meta["rate"]), num_steps=1)
+    >>> h = hypergradient(problem, solver, bl.hypergrad.Mixed(), {"init": 4.0, "rate": 0.5},
+    ...                   bl.Task(0.0, 1.0), jax.random.key(0))
+    >>> print(h.value, h.grad["init"], h.grad["rate"])
+    0.5 0.5 -4.0
+    """
+    estimator.check(problem, solver)
+    state = estimator.init(problem, solver, meta, task, key)
+    return estimator.estimate(problem, solver, meta, task, state, key)[0]

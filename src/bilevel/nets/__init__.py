@@ -1,0 +1,7 @@
+"""Networks as init/apply pairs, fast under a batch of per-task weights and under gradients of gradients."""
+
+from bilevel.nets.conv4 import conv4
+from bilevel.nets.mlp import mlp
+from bilevel.nets.net import Net
+
+__all__ = ["Net", "conv4", "mlp"]

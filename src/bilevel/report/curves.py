@@ -1,0 +1,150 @@
+"""The two sections of curves: against adaptation steps, and against outer steps."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+import numpy as np
+
+from bilevel.report.numbers import count, figure_name, is_percent, measure
+from bilevel.report.plots import MAX_POINTS, SERIES, Frame, Line, draw, swatch
+from bilevel.report.runs import Curve, Run, number
+
+MAX_PANELS = 6
+
+
+def chance(run: Run, name: str) -> float:
+    """What guessing reaches in this figure, or NaN."""
+    found = run.evaluation.get("chance")
+    found = found if isinstance(found, dict) else {}
+    return number(found.get(name, found.get(name.removeprefix("query_"))))
+
+
+def end_of(curve: Curve | None, name: str, place: int = -1) -> str:
+    """A curve's last value in writing, or the one at `place`."""
+    return "—" if curve is None else measure(name, curve.mean[place], curve.half[place])
+
+
+def _ink(place: int) -> str:
+    return SERIES[place % len(SERIES)]
+
+
+def key(place: int) -> str:
+    """The numbered mark by which a run is recognised all over a comparison."""
+    return f'<i class="key" style="background:var(--{_ink(place)})">{place + 1}</i>'
+
+
+def _legend(entries: Sequence[tuple[Line, str]]) -> str:
+    items = "".join(f"<li>{swatch(line)}{escape(text)}</li>" for line, text in entries)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _run_legend(runs: Sequence[Run], styles: Sequence[tuple[Line, str]]) -> str:
+    items = "".join(f"<li>{key(place)}{escape(run.name)}</li>" for place, run in enumerate(runs))
+    return f'<ul class="legend">{items}</ul>' + _legend(styles)
+
+
+def _panel(name: str, lines: Sequence[Line], frame: Frame, note: str = "") -> str:
+    bad = sum(int((~np.isfinite(line.y)).sum()) for line in lines)
+    if bad:
+        note += f" {bad} value{'s' if bad > 1 else ''} not finite, left out."
+    note = f"<small>{note.strip()}</small>" if note.strip() else ""
+    return (
+        f"<figure><figcaption><h3>{escape(figure_name(name))}</h3>{note}</figcaption>"
+        f"{draw(lines, frame)}</figure>"
+    )
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Accuracy and loss first, the others by name."""
+    first = ("query_accuracy", "query_loss", "accuracy", "loss")
+    found = set(names)
+    return [name for name in first if name in found] + sorted(found.difference(first))
+
+
+def adaptation(runs: Sequence[Run]) -> str:
+    """Query figures against adaptation steps, from scratch beside meta-learned."""
+    names = _ordered(name for run in runs for name in run.curves if name.startswith("query_"))
+    panels = []
+    levels = []
+    for name in names[:MAX_PANELS]:
+        lines = []
+        for place, run in enumerate(runs):
+            tag = str(place + 1) if len(runs) > 1 else ""
+            if name in run.scratch:
+                ink = _ink(place) if tag else "muted"
+                lines.append(_against_steps(run.scratch[name], ink, "dashed", "s", ""))
+            if name in run.curves:
+                lines.append(_against_steps(run.curves[name], _ink(place), "solid", "o", tag))
+        found = {chance(run, name) for run in runs}
+        found = {level for level in found if np.isfinite(level)}
+        level = found.pop() if len(found) == 1 else None  # several protocols have several chances
+        levels.append(level)
+        spoken = "; ".join(
+            f"{run.name}: {end_of(run.curves[name], name, 0)} before, "
+            f"{end_of(run.curves[name], name)} after"
+            for run in runs if name in run.curves
+        )  # fmt: skip
+        label = f"{figure_name(name)} against adaptation steps. {spoken}"
+        frame = Frame(label, "adaptation step", percent=is_percent(name), level=level)
+        panels.append(_panel(name, lines, frame))
+    if not panels:
+        return ""
+    empty = np.zeros(0)
+    alone = len(runs) == 1
+    styles = [(Line(empty, empty, ink="s0" if alone else "muted", marker="o"), "meta-learned")]
+    if any(run.scratch for run in runs):
+        styles.append((Line(empty, empty, ink="muted", dash="dashed", marker="s"), "from scratch"))
+    if any(level is not None for level in levels):
+        styles.append((Line(empty, empty, ink="muted", dash="dotted", width=1.1), "chance"))
+    legend = _legend(styles) if alone else _run_legend(runs, styles)
+    return f'{legend}<div class="panels">{"".join(panels)}</div>'
+
+
+def _against_steps(curve: Curve, ink: str, dash: str, marker: str, tag: str) -> Line:
+    steps = np.arange(len(curve.mean))
+    marker = marker if len(steps) <= 40 else ""
+    return Line(steps, curve.mean, curve.half, ink=ink, dash=dash, marker=marker, tag=tag)
+
+
+def training(runs: Sequence[Run]) -> str:
+    """Support and query figures against outer steps."""
+    sides = ("support_", "query_")
+    bases = _ordered(
+        column.removeprefix(side)
+        for run in runs for column in run.metrics for side in sides
+        if column.startswith(side) and not column.endswith("_ci95")
+    )  # fmt: skip
+    panels, supports = [], False
+    for base in bases[:MAX_PANELS]:
+        lines = []
+        for place, run in enumerate(runs):
+            tag = str(place + 1) if len(runs) > 1 else ""
+            ink = _ink(place) if tag else "muted"
+            found = _against_outer(run, f"support_{base}", ink, "dashed", "")
+            supports = supports or bool(found)
+            lines += found + _against_outer(run, f"query_{base}", _ink(place), "solid", tag)
+        longest = max((len(line.y) for line in lines), default=0)
+        note = (
+            f"{count(longest)} points, drawn as means of neighbours."
+            if longest > MAX_POINTS
+            else ""
+        )
+        label = f"{figure_name(base)} against outer steps, {' and '.join(run.name for run in runs)}"
+        panels.append(_panel(base, lines, Frame(label, "outer step", is_percent(base)), note))
+    if not panels:
+        return ""
+    empty = np.zeros(0)
+    alone = len(runs) == 1
+    styles = [(Line(empty, empty, ink="s0" if alone else "muted"), "query, after adaptation")]
+    if supports:
+        styles.append((Line(empty, empty, ink="muted", dash="dashed", width=1.3), "support"))
+    legend = _legend(styles) if alone else _run_legend(runs, styles)
+    return f'{legend}<div class="panels">{"".join(panels)}</div>'
+
+
+def _against_outer(run: Run, name: str, ink: str, dash: str, tag: str) -> list[Line]:
+    if name not in run.metrics:
+        return []
+    width = 1.8 if dash == "solid" else 1.3
+    half, steps = run.metrics.get(f"{name}_ci95"), run.metrics["step"]
+    return [Line(steps, run.metrics[name], half, ink=ink, dash=dash, width=width, tag=tag)]

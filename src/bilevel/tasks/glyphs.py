@@ -1,0 +1,179 @@
+"""Handwritten characters that nobody wrote: few-shot classification without a download.
+
+A class is a random program of pen strokes, fixed by an integer; an example is one shaky drawing of
+it. All drawings are made on the device while the task is sampled.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_static
+
+from bilevel.problem import Key, Task
+from bilevel.tasks.sampling import choose, classification
+
+# Class numbers of each split: first, and one past the last.
+SPLITS = {"train": (0, 10_000), "validation": (10_000, 11_000), "test": (11_000, 12_000)}
+
+MAX_STROKES = 4
+_GRID = 4  # control points lie on a grid of 4 x 4
+_DOTS = 40  # a stroke is drawn as so many dots of the pen
+_EXTENT = 0.65  # a character fills -0.65..0.65 of a page that spans -1..1
+_KINDS = [0.3, 0.15, 0.55]  # how often a stroke is a line, a corner, a curve
+_NUMBERS = [0.5, 0.35, 0.15]  # how often a character has 2, 3, 4 strokes
+_PROGRAM_SEED = 1623  # what the class numbers mean; changing it changes every class
+
+
+def _bases() -> np.ndarray:
+    """Ways to lead a pen past 4 control points: [3, dots, 4] weights of line, corner and curve."""
+    t = np.linspace(0.0, 1.0, _DOTS)[:, None]
+    zero = np.zeros_like(t)
+    line = np.concatenate([1 - t, zero, zero, t], axis=1)
+    corner = np.concatenate(
+        [np.maximum(1 - 2 * t, 0), 1 - np.abs(2 * t - 1), zero, np.maximum(2 * t - 1, 0)], axis=1
+    )
+    curve = np.concatenate(  # a cubic Bezier curve
+        [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], axis=1
+    )
+    return np.stack([line, corner, curve]).astype(np.float32)
+
+
+_BASES = _bases()
+
+
+def _program(class_id: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The strokes of a class.
+
+    Returns:
+        Control points [strokes, 4, 2], bases [strokes, dots, 4], and ink [strokes], which is 0 for
+        those of the MAX_STROKES strokes that the class does not have.
+    """
+    key = jax.random.fold_in(jax.random.key(_PROGRAM_SEED), class_id)
+    point_key, kind_key, bend_key, number_key, join_key = jax.random.split(key, 5)
+
+    # All control points differ, so strokes seldom cover one another.
+    cells = choose(point_key, _GRID * _GRID, 4 * MAX_STROKES).reshape(4, MAX_STROKES).T
+    points = jnp.stack([cells % _GRID, cells // _GRID], axis=-1) - (_GRID - 1) / 2
+    # Inner control points outside the grid make the curves round.
+    bend = jax.random.uniform(bend_key, (MAX_STROKES, 1, 1), minval=1.0, maxval=2.0)
+    points = points.at[:, 1:3].multiply(bend)
+
+    # Two strokes of three begin where the one before began or ended.
+    joins = jax.random.randint(join_key, (MAX_STROKES,), 0, 3)
+    for stroke in range(1, MAX_STROKES):
+        before = points[stroke - 1]
+        start = jnp.stack([points[stroke, 0], before[0], before[3]])[joins[stroke]]
+        points = points.at[stroke, 0].set(start)
+
+    kinds = jax.random.choice(kind_key, 3, (MAX_STROKES,), p=jnp.array(_KINDS))
+    bases = jnp.asarray(_BASES)[kinds]
+    number = 2 + jax.random.choice(number_key, 3, p=jnp.array(_NUMBERS))
+    ink = jnp.arange(MAX_STROKES) < number
+
+    dots = bases @ points  # their box says how to stretch the character to fill the page
+    low = jnp.min(dots, axis=(0, 1), where=ink[:, None, None], initial=jnp.inf)
+    high = jnp.max(dots, axis=(0, 1), where=ink[:, None, None], initial=-jnp.inf)
+    span = jnp.maximum(high - low, 0.6 * jnp.max(high - low))
+    points = (points - (low + high) / 2) * (2 * _EXTENT / span)
+    return points, bases, ink.astype(jnp.float32)
+
+
+def _hand(key: Key) -> tuple[jax.Array, jax.Array]:
+    """How this drawing is slanted, stretched and misplaced: a matrix [2, 2] and a shift [2]."""
+    turn_key, shear_key, scale_key, shift_key = jax.random.split(key, 4)
+    turn = 0.1 * jax.random.normal(turn_key)
+    shear = 0.1 * jax.random.normal(shear_key)
+    scale = jnp.exp(0.1 * jax.random.normal(scale_key, (2,)))
+    shift = 0.06 * jax.random.normal(shift_key, (2,))
+    cos, sin = jnp.cos(turn), jnp.sin(turn)
+    rotation = jnp.array([[cos, -sin], [sin, cos]])
+    return rotation @ jnp.array([[1.0, shear], [0.0, 1.0]]) * scale, shift
+
+
+def glyph(class_id: int | jax.Array, key: Key, size: int = 28) -> jax.Array:
+    """Draw one example of a class.
+
+    The ink at a pixel is the density of the strokes blurred by a Gaussian pen, softly cut off. The
+    blur separates into rows and columns, so the whole picture is a product of two matrices.
+
+    Args:
+        class_id: which character.
+        key: decides everything in which two drawings of it differ.
+        size: height and width in pixels.
+
+    Returns:
+        float32 [size, size, 1] in 0..1, ink = 1.
+
+    >>> glyph(7, jax.random.key(0)).shape
+    (28, 28, 1)
+    """
+    points, bases, ink = _program(class_id)
+    hand_key, jitter_key, pen_key = jax.random.split(key, 3)
+    points = points + 0.05 * jax.random.normal(jitter_key, points.shape)
+    transform, shift = _hand(hand_key)
+    dots = (bases @ points) @ transform.T + shift  # [strokes, dots, 2]
+    # A dot stands for the length of pen path around it.
+    steps = jnp.linalg.norm(jnp.diff(dots, axis=1), axis=-1)  # [strokes, dots - 1]
+    length = jnp.pad(steps, ((0, 0), (0, 1))) + jnp.pad(steps, ((0, 0), (1, 0)))
+    pen = 0.042 * jnp.exp(0.1 * jax.random.normal(pen_key))  # standard deviation of the blur
+    weight = ink[:, None] * length / 2 / (pen * jnp.sqrt(2 * jnp.pi))  # a long line has density 1
+
+    pixels = (jnp.arange(size) + 0.5) * (2 / size) - 1
+    across = jnp.exp(-0.5 * ((pixels[:, None, None] - dots[..., 0]) / pen) ** 2)
+    down = jnp.exp(-0.5 * ((pixels[:, None, None] - dots[..., 1]) / pen) ** 2)
+    density = (weight * down).reshape(size, -1) @ across.reshape(size, -1).T
+    return jnp.clip(2 * density - 0.5, 0.0, 1.0)[..., None].astype(jnp.float32)
+
+
+@register_static
+@dataclass(frozen=True)
+class Glyphs:
+    """Few-shot classification of procedurally drawn characters.
+
+    Args:
+        ways: number of classes in a task.
+        shots: support examples of each class.
+        queries: query examples of each class.
+        split: "train" (10 000 classes), "validation" or "test" (1 000 each); no class is in two.
+        size: height and width of the pictures in pixels.
+
+    Raises:
+        ValueError: for an unknown split, or a number that is too small or too large.
+
+    >>> task = Glyphs(ways=5, shots=1, queries=2)(jax.random.key(0))
+    >>> task.support[0].shape, task.query[1].tolist()
+    ((5, 28, 28, 1), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+    """
+
+    ways: int = 5
+    shots: int = 1
+    queries: int = 1
+    split: str = "train"
+    size: int = 28
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("size", 8)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.ways > self.num_classes:
+            raise ValueError(
+                f"ways must be at most the {self.num_classes} {self.split} classes, got {self.ways}"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the split has."""
+        first, end = SPLITS[self.split]
+        return end - first
+
+    def __call__(self, key: Key) -> Task:
+        """Draw a task: (x float32 [ways * n, size, size, 1], y int32 [ways * n]) twice."""
+        class_key, example_key = jax.random.split(key)
+        classes = SPLITS[self.split][0] + choose(class_key, self.num_classes, self.ways)
+        keys = jax.random.split(example_key, (self.ways, self.shots + self.queries))
+        draw = jax.vmap(jax.vmap(lambda c, k: glyph(c, k, self.size), (None, 0)))
+        return classification(draw(classes, keys), self.shots)

@@ -1,0 +1,28 @@
+"""What every test may use. Tests run on the CPU unless JAX_PLATFORMS says otherwise."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data sets that BILEVEL_DATA names; the test is skipped without it."""
+    value = os.environ.get("BILEVEL_DATA")
+    if not value:
+        pytest.skip("BILEVEL_DATA is not set: it names the folder that holds omniglot.npz")
+    folder = Path(value)
+    # A folder that was asked for and is not there is a mistake, not a reason to skip.
+    assert folder.is_dir(), f"BILEVEL_DATA must name a folder, got {value!r}"
+    return folder
+
+
+@pytest.fixture
+def x64():
+    """Run one test in float64."""
+    with jax.enable_x64(True):
+        yield
