@@ -124,7 +124,7 @@ def _milliseconds(step: Callable, repeats: int) -> list[float]:
 def settings(args, ways: dict, images: bool) -> list[Setting]:
     """Every setting that the tuning tries."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Small products may be faster on one thread; convolutions never were.
+    # Small products may be faster on one thread; the convolutions take every core.
     tried = {cores or 1} if images else {1, cores or 1}
     threads = [args.threads] if args.threads else sorted(tried)
     if args.way and args.way not in ways:

@@ -23,7 +23,7 @@ class ElementaryBatchNorm(nn.Module):
     """Batch norm by the current batch, in elementary operations.
 
     Under `vmap`, torch 2.13 takes a wrong second derivative of its own batch norm: the outer
-    gradient is off by 0.3%, in float64 too. In a loop it is right, and faster than this one.
+    gradient is off by 0.3%, in float64 too, at inner rate 0.4. In a loop torch's own is right.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5):

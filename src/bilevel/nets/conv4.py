@@ -63,7 +63,7 @@ def conv4(
         for name, k in zip(names, keys[:-1], strict=True):
             fan_in = _KERNEL**2 * channels
             params[name] = {
-                "w": jax.random.normal(k, (fan_in, filters)) * (2 / fan_in) ** 0.5,
+                "w": jax.random.normal(k, (filters, fan_in)) * (2 / fan_in) ** 0.5,
                 "scale": jnp.ones(filters),
                 "bias": jnp.zeros(filters),
             }
@@ -81,11 +81,9 @@ def conv4(
                 "pass image_shape=(height, width, channels) to conv4"
             )
         for name in names:
-            block = params[name]
             x = _patches(x)
             n, h, w, k = x.shape
-            x = _product(x.reshape(n * h * w, k), block["w"], compute_dtype)
-            x = jax.nn.relu(_normalize(x, block["scale"], block["bias"]))
+            x = jax.nn.relu(_normalized_product(x.reshape(n * h * w, k), params[name], compute_dtype))
             x = x.reshape(n, h, w, filters)
         return x.mean((1, 2)) @ params["head"]["w"] + params["head"]["b"]
 
@@ -94,26 +92,39 @@ def conv4(
 
 def _patches(x: jax.Array) -> jax.Array:
     """3x3 neighbourhoods at stride 2 with a border of one zero: `[n, h, w, c] -> [n, h/2, w/2, 9c]`."""
-    _, height, width, _ = x.shape
+    n, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return jnp.concatenate(
-        [
-            x[:, i : i + height : _STRIDE, j : j + width : _STRIDE, :]
-            for i in range(_KERNEL)
-            for j in range(_KERNEL)
-        ],
-        axis=-1,
-    )
+    taps = [
+        x[:, i : i + height : _STRIDE, j : j + width : _STRIDE, :]
+        for i in range(_KERNEL)
+        for j in range(_KERNEL)
+    ]
+    # The same memory as a concatenation of channels, written more than twice as fast on a CPU.
+    stacked = jnp.stack(taps, axis=3)
+    return stacked.reshape(*stacked.shape[:3], _KERNEL**2 * channels)
 
 
 def _product(x: jax.Array, w: jax.Array, compute_dtype: str) -> jax.Array:
+    """`x [rows, k], w [filters, k] -> x wᵀ`; with this layout no derivative transposes the large factor."""
+    dims = (((1,), (1,)), ((), ()))
     if compute_dtype == "float32":
-        return x @ w
-    return jnp.matmul(x.astype(compute_dtype), w.astype(compute_dtype), preferred_element_type=x.dtype)
+        return jax.lax.dot_general(x, w, dims)
+    x, w, result = x.astype(compute_dtype), w.astype(compute_dtype), x.dtype
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=result)
 
 
-def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """Batch norm over the rows of `x [rows, channels]`."""
-    centred = x - x.mean(0)
-    variance = (centred**2).mean(0)
-    return centred * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias
+def _normalized_product(x: jax.Array, block: dict, compute_dtype: str) -> jax.Array:
+    """`batchnorm(x wᵀ)` over the rows: `x [rows, k] -> [rows, filters]`."""
+    w, epsilon = block["w"], 1e-5
+    if x.shape[1] < w.shape[0]:
+        # Mean and variance of a linear map follow from the mean and covariance of its input. Where the
+        # input is the narrower side (the first block), that spares every pass over the large output.
+        mean = x.mean(0)
+        centred = x - mean
+        covariance = centred.T @ centred / x.shape[0]
+        scale = block["scale"] * jax.lax.rsqrt(((w @ covariance) * w).sum(1) + epsilon)
+        return _product(x, w * scale[:, None], compute_dtype) + (block["bias"] - (w @ mean) * scale)
+    y = _product(x, w, compute_dtype)
+    mean = y.mean(0)
+    scale = block["scale"] * jax.lax.rsqrt(((y - mean) ** 2).mean(0) + epsilon)
+    return y * scale + (block["bias"] - mean * scale)

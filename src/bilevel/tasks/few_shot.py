@@ -44,8 +44,8 @@ class FewShot:
     ((2, 28, 28, 1), (8, 28, 28, 1), [0, 1])
     """
 
-    images: ArrayLike = field(repr=False)
-    labels: ArrayLike = field(repr=False)
+    images: np.ndarray | jax.Array = field(repr=False)  # kept sorted by class, on the device
+    labels: np.ndarray | jax.Array = field(repr=False)
     ways: int
     shots: int
     queries: int
@@ -66,10 +66,11 @@ class FewShot:
             raise ValueError(
                 f"rotations need square pictures [N, H, H, C], got images of shape {images.shape}"
             )
-        classes, starts, counts = np.unique(np.sort(labels), return_index=True, return_counts=True)
-        self._check_supply(classes, counts)
         order = np.argsort(labels, kind="stable")
-        arrays = (images[order], labels[order], starts, counts)
+        images, labels = images[order], labels[order]
+        classes, starts, counts = np.unique(labels, return_index=True, return_counts=True)
+        self._check_supply(classes, counts)
+        arrays = (images, labels, starts, counts)
         for name, array in zip(_ARRAYS, arrays, strict=True):
             dtype = jnp.int32 if name != "images" else None
             object.__setattr__(self, name, jnp.asarray(array, dtype))

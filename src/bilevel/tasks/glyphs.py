@@ -21,8 +21,10 @@ MAX_STROKES = 4
 _GRID = 4  # control points lie on a grid of 4 x 4
 _DOTS = 40  # a stroke is drawn as so many dots of the pen
 _EXTENT = 0.65  # a character fills -0.65..0.65 of a page that spans -1..1
-_KINDS = [0.3, 0.15, 0.55]  # how often a stroke is a line, a corner, a curve
-_NUMBERS = [0.5, 0.35, 0.15]  # how often a character has 2, 3, 4 strokes
+# A uniform number below the first is a line, below the second a corner, above it a curve;
+_KINDS = np.array([0.3, 0.45], np.float32)
+# and a character of 2, of 3 and of 4 strokes.
+_NUMBERS = np.array([0.5, 0.85], np.float32)
 _PROGRAM_SEED = 1623  # what the class numbers mean; changing it changes every class
 
 
@@ -43,7 +45,7 @@ def _bases() -> np.ndarray:
 _BASES = _bases()
 
 
-def _program(class_id: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _program(class_id: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The strokes of a class.
 
     Returns:
@@ -51,26 +53,25 @@ def _program(class_id: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         those of the MAX_STROKES strokes that the class does not have.
     """
     key = jax.random.fold_in(jax.random.key(_PROGRAM_SEED), class_id)
-    point_key, kind_key, bend_key, number_key, join_key = jax.random.split(key, 5)
+    sizes = [_GRID * _GRID, MAX_STROKES, MAX_STROKES, MAX_STROKES, 1]
+    order, bend, join, kind, number = _parts(
+        jax.random.uniform(key, (sum(sizes),), jnp.float32), sizes
+    )
 
     # All control points differ, so strokes seldom cover one another.
-    cells = choose(point_key, _GRID * _GRID, 4 * MAX_STROKES).reshape(4, MAX_STROKES).T
+    cells = jnp.argsort(order)[: 4 * MAX_STROKES].reshape(MAX_STROKES, 4)
     points = jnp.stack([cells % _GRID, cells // _GRID], axis=-1) - (_GRID - 1) / 2
     # Inner control points outside the grid make the curves round.
-    bend = jax.random.uniform(bend_key, (MAX_STROKES, 1, 1), minval=1.0, maxval=2.0)
-    points = points.at[:, 1:3].multiply(bend)
+    points = points.at[:, 1:3].multiply(1 + bend[:, None, None])
 
     # Two strokes of three begin where the one before began or ended.
-    joins = jax.random.randint(join_key, (MAX_STROKES,), 0, 3)
     for stroke in range(1, MAX_STROKES):
         before = points[stroke - 1]
-        start = jnp.stack([points[stroke, 0], before[0], before[3]])[joins[stroke]]
-        points = points.at[stroke, 0].set(start)
+        starts = jnp.stack([points[stroke, 0], before[0], before[3]])
+        points = points.at[stroke, 0].set(starts[(3 * join[stroke]).astype(int)])
 
-    kinds = jax.random.choice(kind_key, 3, (MAX_STROKES,), p=jnp.array(_KINDS))
-    bases = jnp.asarray(_BASES)[kinds]
-    number = 2 + jax.random.choice(number_key, 3, p=jnp.array(_NUMBERS))
-    ink = jnp.arange(MAX_STROKES) < number
+    bases = jnp.asarray(_BASES)[jnp.searchsorted(_KINDS, kind)]
+    ink = jnp.arange(MAX_STROKES) < 2 + jnp.searchsorted(_NUMBERS, number)
 
     dots = bases @ points  # their box says how to stretch the character to fill the page
     low = jnp.min(dots, axis=(0, 1), where=ink[:, None, None], initial=jnp.inf)
@@ -80,16 +81,20 @@ def _program(class_id: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return points, bases, ink.astype(jnp.float32)
 
 
-def _hand(key: Key) -> tuple[jax.Array, jax.Array]:
-    """How this drawing is slanted, stretched and misplaced: a matrix [2, 2] and a shift [2]."""
-    turn_key, shear_key, scale_key, shift_key = jax.random.split(key, 4)
-    turn = 0.1 * jax.random.normal(turn_key)
-    shear = 0.1 * jax.random.normal(shear_key)
-    scale = jnp.exp(0.1 * jax.random.normal(scale_key, (2,)))
-    shift = 0.06 * jax.random.normal(shift_key, (2,))
-    cos, sin = jnp.cos(turn), jnp.sin(turn)
+def _parts(values: jax.Array, sizes: list[int]) -> list[jax.Array]:
+    """Cut a vector of random numbers: one draw compiles several times faster than many."""
+    return jnp.split(values, np.cumsum(sizes[:-1]))
+
+
+def _hand(turn, shear, stretch, shift) -> tuple[jax.Array, jax.Array]:
+    """How a drawing is slanted, stretched and misplaced: a matrix [2, 2] and a shift [2].
+
+    The arguments are standard normal vectors [1], [1], [2] and [2].
+    """
+    cos, sin = jnp.cos(0.1 * turn[0]), jnp.sin(0.1 * turn[0])
     rotation = jnp.array([[cos, -sin], [sin, cos]])
-    return rotation @ jnp.array([[1.0, shear], [0.0, 1.0]]) * scale, shift
+    slant = jnp.array([[1.0, 0.1 * shear[0]], [0.0, 1.0]])
+    return rotation @ slant * jnp.exp(0.1 * stretch), 0.06 * shift
 
 
 def glyph(class_id: int | jax.Array, key: Key, size: int = 28) -> jax.Array:
@@ -106,18 +111,19 @@ def glyph(class_id: int | jax.Array, key: Key, size: int = 28) -> jax.Array:
     Returns:
         float32 [size, size, 1] in 0..1, ink = 1.
 
-    >>> glyph(7, jax.random.key(0)).shape
+    >>> jax.jit(glyph)(7, jax.random.key(0)).shape
     (28, 28, 1)
     """
     points, bases, ink = _program(class_id)
-    hand_key, jitter_key, pen_key = jax.random.split(key, 3)
-    points = points + 0.05 * jax.random.normal(jitter_key, points.shape)
-    transform, shift = _hand(hand_key)
+    sizes = [points.size, 1, 1, 1, 2, 2]
+    jitter, width, *hand = _parts(jax.random.normal(key, (sum(sizes),), jnp.float32), sizes)
+    points = points + 0.05 * jitter.reshape(points.shape)
+    transform, shift = _hand(*hand)
     dots = (bases @ points) @ transform.T + shift  # [strokes, dots, 2]
     # A dot stands for the length of pen path around it.
     steps = jnp.linalg.norm(jnp.diff(dots, axis=1), axis=-1)  # [strokes, dots - 1]
     length = jnp.pad(steps, ((0, 0), (0, 1))) + jnp.pad(steps, ((0, 0), (1, 0)))
-    pen = 0.042 * jnp.exp(0.1 * jax.random.normal(pen_key))  # standard deviation of the blur
+    pen = 0.042 * jnp.exp(0.1 * width)  # standard deviation of the blur
     weight = ink[:, None] * length / 2 / (pen * jnp.sqrt(2 * jnp.pi))  # a long line has density 1
 
     pixels = (jnp.arange(size) + 0.5) * (2 / size) - 1
@@ -142,7 +148,7 @@ class Glyphs:
     Raises:
         ValueError: for an unknown split, or a number that is too small or too large.
 
-    >>> task = Glyphs(ways=5, shots=1, queries=2)(jax.random.key(0))
+    >>> task = jax.jit(Glyphs(ways=5, shots=1, queries=2))(jax.random.key(0))
     >>> task.support[0].shape, task.query[1].tolist()
     ((5, 28, 28, 1), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     """

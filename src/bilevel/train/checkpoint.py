@@ -8,10 +8,10 @@ a process killed at any moment leaves the old manifest, the new one, or none.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -69,22 +69,29 @@ class Checkpoints:
             "fingerprint": _as_json(fingerprint),
             "leaves": _describe(state),
         }
-        arrays = [_to_numpy(leaf) for leaf in jax.tree.leaves(state)]
+        arrays = {f"leaf_{i}": _to_numpy(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        arrays = {name: array for name, array in arrays.items() if array.size}  # orbax's limit
         folder = self._path(step)
         state_name = f"state-{uuid.uuid4().hex[:8]}"  # beside the state of an earlier save
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _quiet(), orbax.PyTreeCheckpointer() as writer:
-                # orbax needs absolute paths, and refuses an empty tree: hence the dict.
-                writer.save((folder / state_name).absolute(), {"leaves": arrays})
+                if arrays:
+                    writer.save((folder / state_name).absolute(), arrays)
             _commit(folder, {**manifest, "files": _checksums(folder, state_name)})
-        # tensorstore reports a full disk as ValueError; the arrays are on the host by now, so
-        # whatever goes wrong here is about the disk.
         except Exception as error:
             shutil.rmtree(folder / state_name, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()  # refused, as it should be, where an earlier save left something
-            raise _disk_error(error, self.folder, step) from error
+            number = _os_error(error)
+            if number is None:
+                raise
+            raise OSError(
+                number,
+                f"checkpoint of step {step} could not be saved in {self.folder} "
+                f"({os.strerror(number)}): free some space or make it writable, then run the same "
+                "command to resume",
+            ) from error
         self._prune(step, state_name)
 
     def latest(self) -> int | None:
@@ -126,9 +133,7 @@ class Checkpoints:
                 except Exception as error:  # the files are as written: orbax cannot read its own
                     problem = str(error).splitlines()[0]
                 else:
-                    leaves, structure = jax.tree.flatten(template)
-                    leaves = map(_like, leaves, arrays, manifest["leaves"])
-                    return jax.tree.unflatten(structure, leaves), candidate
+                    return _rebuild(template, arrays, manifest["leaves"]), candidate
             if step is not None:
                 raise ValueError(f"checkpoint {folder} is damaged ({problem}): restore another")
             warnings.warn(f"ignoring damaged checkpoint {folder}: {problem}", stacklevel=2)
@@ -179,10 +184,10 @@ def _import_orbax():
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep orbax's log to errors while it runs, without touching the user's logging for good."""
+    """Silence the log of orbax while it runs: what goes wrong is raised as well."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
@@ -215,6 +220,16 @@ def _describe(tree: Any) -> list[dict[str, Any]]:
 
 def _to_numpy(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _rebuild(template: Any, arrays: dict[str, np.ndarray], rows: list[dict[str, Any]]) -> Any:
+    leaves, structure = jax.tree.flatten(template)
+    for i, (leaf, row) in enumerate(zip(leaves, rows)):
+        if f"leaf_{i}" in arrays:
+            leaves[i] = _like(leaf, arrays[f"leaf_{i}"], row)
+        elif isinstance(leaf, jax.ShapeDtypeStruct):  # an array without elements
+            leaves[i] = jnp.zeros(leaf.shape, leaf.dtype)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _like(leaf: Any, array: np.ndarray, saved: dict[str, Any]) -> Any:
@@ -310,22 +325,15 @@ def _damage(folder: Path, read: bool) -> str:
     return ""
 
 
-def _read_arrays(folder: Path, manifest: dict[str, Any]) -> list[np.ndarray]:
-    orbax = _import_orbax()
+def _read_arrays(folder: Path, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+    if not manifest["files"]:
+        return {}
     state = folder / Path(next(iter(manifest["files"]))).parts[0]
-    arguments = [orbax.RestoreArgs(restore_type=np.ndarray) for _ in manifest["leaves"]]
-    with _quiet(), orbax.PyTreeCheckpointer() as reader:
-        tree = reader.restore(state.absolute(), restore_args={"leaves": arguments})
-    return tree["leaves"]
+    with _quiet(), _import_orbax().PyTreeCheckpointer() as reader:
+        return reader.restore(state.absolute())
 
 
-def _disk_error(error: Exception, folder: Path, step: int) -> OSError:
-    number = getattr(error, "errno", None) or errno.EIO
-    if "No space left" in str(error):
-        number = errno.ENOSPC
-    reason = os.strerror(number) if number != errno.EIO else (str(error) or repr(error))
-    return OSError(
-        number,
-        f"checkpoint of step {step} could not be saved in {folder} ({reason.splitlines()[0]}): "
-        "free some space or make it writable, then run the same command to resume",
-    )
+def _os_error(error: Exception) -> int | None:
+    """The errno of a failed write, None for other errors; tensorstore has it only in its text."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)

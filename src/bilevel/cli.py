@@ -1,0 +1,238 @@
+"""The command line: bilevel train | eval | report | recipes | demo."""
+
+import dataclasses
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import bilevel as bl
+from bilevel.recipes.config import RECIPES, find_recipe
+from bilevel.recipes.run import evaluate_run, saved_recipe, start_folder, train_recipe
+
+_USAGE = """\
+bilevel: learn how to learn
+
+  bilevel train RECIPE [flags]   meta-train; `bilevel train RECIPE --help` lists every flag
+  bilevel eval RUN [flags]       judge a run on fresh tasks of unseen classes
+  bilevel report RUN...          one HTML page about a run, or comparing several
+  bilevel recipes                the recipes there are
+  bilevel demo                   train, evaluate and report maml-glyphs in a few minutes
+
+RECIPE is a name, or path/to/file.py:Name. RUN is a folder that train made.
+Before the command, --traceback shows where an error came from.
+"""
+# What a user can cause is answered in one line; anything else is our fault and keeps its traceback.
+_EXPECTED = (OSError, ValueError, TypeError, KeyError, ImportError, bl.HypergradientError)
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = words[:1] == ["--traceback"]
+    words = words[show_traceback:]
+    command, rest = (words[0], words[1:]) if words else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0
+    if command == "--version":
+        print(bl.__version__)
+        return 0
+    if command not in _COMMANDS:
+        return _fail(f"there is no command {command!r}; `bilevel --help` lists them")
+    try:
+        return _COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        return _fail("interrupted", _INTERRUPTED)
+    except _EXPECTED as error:
+        if show_traceback:
+            traceback.print_exc()
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        return _fail(" ".join(str(text).split()) or type(error).__name__)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"bilevel: {message}", file=sys.stderr)
+    return status
+
+
+def _train(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        print("usage: bilevel train RECIPE [flags]\n")
+        _recipes([])
+        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    name, flags = words[0], words[1:]
+    cls = find_recipe(name)
+    default_folder = Path("runs") / name.rpartition(":")[2]
+    recipe = cls()
+    if "--resume" in flags and (folder := _flag(flags, "--folder") or default_folder).is_dir():
+        recipe = saved_recipe(folder)  # flags left out keep the values the run was started with
+    parsed = _parse(
+        f"bilevel train {name}",
+        _arguments(cls, recipe, default_folder),
+        flags,
+        cls.__doc__,
+    )
+    recipe, folder = parsed.recipe, parsed.folder
+    command = shlex.join(["bilevel", "train", *words])
+    start_folder(name, recipe, folder, parsed.resume, command)
+    state = train_recipe(name, recipe, folder, parsed.resume)
+    again = f"bilevel train {name} --folder {folder} --resume"
+    if int(state.step) < recipe.num_meta_steps:
+        print(f"stopped at outer step {int(state.step)}, checkpoint saved; go on with: {again}")
+        return _INTERRUPTED
+    print(f"done: {int(state.step)} outer steps in {folder}; next: bilevel eval {folder}")
+    return 0
+
+
+def _arguments(cls: type, recipe: Any, folder: Path) -> type:
+    """The flags of `bilevel train`: the recipe's fields, and where to run."""
+    return dataclasses.make_dataclass(
+        "Train",
+        [
+            ("recipe", Annotated[cls, tyro.conf.arg(name="")], dataclasses.field(default=recipe)),
+            (
+                "folder",
+                Annotated[Path, tyro.conf.arg(help="Where the run is kept.")],
+                dataclasses.field(default=folder),
+            ),
+            (
+                "resume",
+                Annotated[bool, tyro.conf.arg(help="Go on from the newest checkpoint there.")],
+                dataclasses.field(default=False),
+            ),
+        ],
+        frozen=True,
+    )
+
+
+def _flag(flags: list[str], name: str) -> Path | None:
+    """A flag's value before the flags are parsed, as `--name value` or `--name=value`."""
+    for i, word in enumerate(flags):
+        if word == name and i + 1 < len(flags):
+            return Path(flags[i + 1])
+        if word.startswith(f"{name}="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Eval:
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    num_tasks: int | None = None
+    """Test tasks; the recipe's own number when left out."""
+    num_steps: int | None = None
+    """Inner steps; the recipe's own number when left out."""
+    seed: int = 1
+    """Of the test tasks."""
+
+
+def _eval(words: list[str]) -> int:
+    parsed = _parse("bilevel eval", _Eval, words, "Judge a run on fresh tasks of unseen classes.")
+    result = evaluate_run(parsed.run, parsed.num_tasks, parsed.num_steps, parsed.seed)
+    print(summary(result))
+    print(f"written to {parsed.run / 'evaluation.json'}; next: bilevel report {parsed.run}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders: one page about one, or comparing several."""
+    out: Path | None = None
+    """Where to write; report.html in the first run folder when left out."""
+
+
+def _report(words: list[str]) -> int:
+    from bilevel.report import write_report  # matplotlib takes a second to import
+
+    parsed = _parse("bilevel report", _Report, words, "Write one self-contained HTML page.")
+    print(write_report(parsed.runs, parsed.out))
+    return 0
+
+
+def _recipes(words: list[str]) -> int:
+    if words:
+        return _fail(f"recipes takes no flags, got {' '.join(words)}")
+    width = max(map(len, RECIPES))
+    for name, cls in RECIPES.items():
+        print(f"{name:<{width}}  {(cls.__doc__ or '').strip().splitlines()[0]}")
+    print(f"{'FILE.py:Name':<{width}}  a recipe of your own")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Demo:
+    folder: Path = Path("runs/demo")
+    """Where the run is kept; a second demo goes on with it."""
+
+
+def _demo(words: list[str]) -> int:
+    from bilevel.report import write_report
+
+    folder = _parse("bilevel demo", _Demo, words, "Train, evaluate and report maml-glyphs.").folder
+    name = "maml-glyphs"
+    resume = (folder / "config.json").exists()
+    recipe = saved_recipe(folder) if resume else RECIPES[name]()
+    start_folder(name, recipe, folder, resume, f"bilevel train {name} --folder {folder}")
+    state = train_recipe(name, recipe, folder, resume)
+    if int(state.step) < recipe.num_meta_steps:
+        print("stopped, checkpoint saved; the same command goes on from here")
+        return _INTERRUPTED
+    print(summary(evaluate_run(folder)))
+    print(f"report: {write_report([folder])}")
+    return 0
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The headline table: chance, from scratch, meta-learned, each with its 95% half-width."""
+    curves, scratch = result["curves"], result["scratch"] or {}
+    name = "query_accuracy" if "query_accuracy" in curves else "query_loss"
+    percent = name.endswith("accuracy")
+    scale, unit = (100.0, " %") if percent else (1.0, "")
+
+    def cell(curve: dict[str, list[float]], step: int) -> str:
+        mean, half = scale * curve["mean"][step], scale * curve["ci95"][step]
+        return f"{mean:6.2f} ± {half:.2f}{unit}" if percent else f"{mean:7.4f} ± {half:.4f}"
+
+    rows = []
+    chance = result["chance"].get(name.removeprefix("query_"))
+    if chance is not None:
+        rows.append(("chance", f"{scale * chance:6.2f}{unit}"))
+    if name in scratch:
+        steps = len(scratch[name]["mean"]) - 1
+        rows.append((f"from scratch, {steps} steps on the support set", cell(scratch[name], -1)))
+    last = len(curves[name]["mean"]) - 1
+    for step in sorted({0, 1, min(5, last), last}):
+        if step <= last:
+            rows.append((f"meta-learned, {step} adaptation step{'s' * (step != 1)}", cell(curves[name], step)))
+    width = max(len(label) for label, _ in rows)
+    label = name.replace("_", " ").replace("query", "test")
+    head = f"{label}, mean ± 95% over {result['num_tasks']} tasks\n{result['protocol']}\n"
+    return head + "\n".join(f"  {text:<{width}}  {value}" for text, value in rows)
+
+
+def _parse(prog: str, cls: Any, words: list[str], description: str | None) -> Any:
+    try:
+        return tyro.cli(cls, prog=prog, args=words, description=description)
+    except SystemExit as exit_:
+        # tyro has said what is wrong with the flags; its own exit status is kept.
+        raise SystemExit(exit_.code) from None
+
+
+_COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+    "recipes": _recipes,
+    "demo": _demo,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

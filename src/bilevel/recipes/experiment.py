@@ -1,0 +1,57 @@
+"""What a recipe is, and what it builds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import optax
+
+from bilevel.problem import Key, Learner, Task
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All parts of a run, put together.
+
+    Args:
+        learner: problem, solver, estimator, with `init_meta` and, for pictures, `predict`.
+        optimizer: of the outer loop.
+        sample_tasks: batches of training tasks.
+        sample_test: one task of unseen classes or functions.
+        protocol: in words, what the figures are measured on.
+        eval_steps: inner steps at evaluation.
+        eval_tasks: test tasks.
+        scratch: a learner that starts from a random model for every task: the baseline without
+            meta-learning. Its meta is empty.
+        chance: what guessing reaches, by name of the figure.
+        pictures: how the report draws a task.
+    """
+
+    learner: Learner
+    optimizer: optax.GradientTransformation
+    sample_tasks: Callable[[Key], Task]
+    sample_test: Callable[[Key], Task]
+    protocol: str
+    eval_steps: int
+    eval_tasks: int = 1000
+    scratch: Learner | None = None
+    chance: dict[str, float] = field(default_factory=dict)
+    pictures: Literal["classification", "regression", "none"] = "none"
+
+
+class Recipe(Protocol):
+    """A frozen dataclass whose fields are the flags of `bilevel train`.
+
+    Besides `num_meta_steps` and `seed` it may have any fields; `loop`, a `bl.Options`, is used where there
+    is one.
+    """
+
+    @property
+    def num_meta_steps(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    def build(self) -> Experiment:
+        """Put the experiment together; data is read here."""
+        ...

@@ -1,0 +1,66 @@
+"""The settings that all MAML recipes share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import optax
+
+from bilevel import hypergrad
+from bilevel.inner import Gradient
+from bilevel.learners import Fixed, PerLayerPerStep, PerParameter, maml
+from bilevel.nets import Net
+from bilevel.problem import Learner, Problem
+
+_ESTIMATORS = {
+    "mixed": hypergrad.Mixed,
+    "unroll": hypergrad.Unroll,
+    "first-order": hypergrad.FirstOrder,
+}
+_RATES = {"fixed": Fixed, "per-parameter": PerParameter, "per-layer-per-step": PerLayerPerStep}
+
+
+@dataclass(frozen=True)
+class Maml:
+    """How the inner loop adapts, and how it is differentiated."""
+
+    num_steps: int = 1
+    """Inner steps in training, K."""
+    rate: float = 0.4
+    """Inner learning rate, or where the learned ones start."""
+    rates: Literal["fixed", "per-parameter", "per-layer-per-step"] = "fixed"
+    """Which inner rates are learned: none, Meta-SGD's or MAML++'s."""
+    adapt: Literal["all", "head"] = "all"
+    """What the inner loop adapts: everything, or only the head (ANIL)."""
+    estimator: Literal["mixed", "unroll", "first-order", "multi-step"] = "mixed"
+    """How the hypergradient is obtained; multi-step is MAML++'s loss after every step."""
+    annealing_steps: int = 1000
+    """Outer steps over which the multi-step loss becomes that of the last step."""
+
+    def learner(self, net: Net, loss: Callable) -> Learner:
+        """The learner these settings say."""
+        if self.estimator == "multi-step":
+            estimator = hypergrad.MultiStep(self.annealing_steps)
+        else:
+            estimator = _ESTIMATORS[self.estimator]()
+        return maml(
+            net,
+            loss,
+            num_steps=self.num_steps,
+            rates=_RATES[self.rates](self.rate),
+            adapt=self.adapt,
+            estimator=estimator,
+        )
+
+
+def from_scratch(
+    net: Net, loss: Callable, optimizer: optax.GradientTransformation, num_steps: int
+) -> Learner:
+    """The baseline without meta-learning: a fresh random model trained on the support batch alone."""
+    learner = maml(net, loss)
+
+    def start(meta, key):
+        return net.init(key)
+
+    problem: Problem = replace(learner.problem, init=start)
+    return replace(learner, problem=problem, solver=Gradient(optimizer, num_steps), init_meta=None)

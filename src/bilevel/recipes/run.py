@@ -1,0 +1,225 @@
+"""A recipe in a run folder: train it, resume it, evaluate it."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import bilevel as bl
+from bilevel.problem import Learner, Meta, Task
+from bilevel.recipes.config import find_recipe, first_difference, from_fields, to_fields
+from bilevel.recipes.experiment import Experiment
+from bilevel.train.checkpoint import Checkpoints
+
+_PICTURED_TASKS = 4
+
+
+def start_folder(name: str, recipe: Any, folder: Path, resume: bool, command: str) -> None:
+    """Claim a run folder and save the resolved configuration in it.
+
+    Raises:
+        FileExistsError: when a run is there already and `resume` is not set.
+        FileNotFoundError: when there is none and it is.
+        ValueError: when the run there is of another recipe or configuration.
+        OSError: when the folder cannot be written.
+    """
+    path = folder / "config.json"
+    if resume:
+        saved = read_config(folder)
+        here = {"recipe": name, "fields": _identity(recipe)}
+        there = {"recipe": saved["recipe"], "fields": _without_loop(saved["fields"])}
+        if difference := first_difference(there, here):
+            raise ValueError(
+                f"{folder} holds another run: {difference}; leave the flag out, or take another --folder"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} is in use already; go on with --resume, take another --folder, or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "recipe": name,
+        "fields": to_fields(recipe),
+        "version": bl.__version__,
+        "jax": jax.__version__,
+        "command": command,
+    }
+    _write(path, json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        FileNotFoundError: when the folder is no run.
+        ValueError: when its config.json is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no run folder: it has no config.json; make one with `bilevel train RECIPE`"
+        )
+    try:
+        config = json.loads(path.read_text())
+        config["recipe"], config["fields"]  # noqa: B018
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); train again in another --folder") from error
+    return config
+
+
+def saved_recipe(folder: Path) -> Any:
+    """The recipe of a run, with the fields it was started with."""
+    config = read_config(folder)
+    return from_fields(find_recipe(config["recipe"]), config["fields"])
+
+
+def train_recipe(name: str, recipe: Any, folder: Path, resume: bool) -> bl.MetaState:
+    """Run a recipe's outer loop in its folder, which `start_folder` has claimed."""
+    experiment = recipe.build()
+    state = _first_state(experiment, recipe.seed)
+    return bl.train(
+        experiment.learner,
+        experiment.optimizer,
+        experiment.sample_tasks,
+        state,
+        recipe.num_meta_steps,
+        options=getattr(recipe, "loop", None),
+        run=bl.Run(folder, _fingerprint(name, recipe), resume, title=name),
+    )
+
+
+def evaluate_run(
+    folder: Path, num_tasks: int | None = None, num_steps: int | None = None, seed: int = 1
+) -> dict[str, Any]:
+    """Judge a run's newest checkpoint on fresh test tasks; writes evaluation.json and examples.npz.
+
+    Args:
+        num_tasks: test tasks; the recipe's own number when left out.
+        num_steps: inner steps; the recipe's own number when left out.
+        seed: of the test tasks.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        FileNotFoundError: when the folder is no run, or has no checkpoint yet.
+    """
+    name = read_config(folder)["recipe"]
+    recipe = saved_recipe(folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if checkpoints.latest() is None:
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint yet; train it with `bilevel train {name} --folder {folder} --resume`"
+        )
+    experiment = recipe.build()
+    state = _first_state(experiment, recipe.seed)
+    state, step = checkpoints.restore(state, _fingerprint(name, recipe))
+    begin = time.perf_counter()
+    key = jax.random.key(seed)
+    count = experiment.eval_tasks if num_tasks is None else num_tasks
+    steps = experiment.eval_steps if num_steps is None else num_steps
+    sample = experiment.sample_test
+    result = bl.evaluate(
+        experiment.learner, state.meta, sample, key, num_tasks=count, num_steps=steps
+    ).as_json()
+    scratch = None
+    if experiment.scratch is not None:
+        # The baseline takes many steps a task; fewer tasks give it an interval that is narrow enough.
+        few = min(count, 200)
+        scratch = bl.evaluate(experiment.scratch, {}, sample, key, num_tasks=few).as_json()
+    result |= {
+        "seconds": round(time.perf_counter() - begin, 2),
+        "meta_step": step,
+        "seed": seed,
+        "split": "test",
+        "chance": experiment.chance,
+        "protocol": experiment.protocol,
+        "scratch": None if scratch is None else scratch["curves"],
+        "scratch_num_tasks": None if scratch is None else scratch["num_tasks"],
+    }
+    _write(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    _save_examples(folder, experiment, state.meta, steps, key)
+    return result
+
+
+def _first_state(experiment: Experiment, seed: int) -> bl.MetaState:
+    return bl.init_state(
+        experiment.learner, experiment.optimizer, experiment.sample_tasks, jax.random.key(seed)
+    )
+
+
+def _fingerprint(name: str, recipe: Any) -> dict[str, Any]:
+    return {"recipe": name, **_identity(recipe)}
+
+
+def _identity(recipe: Any) -> dict[str, Any]:
+    """The fields that decide what is computed."""
+    return _without_loop(to_fields(recipe))
+
+
+def _without_loop(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "loop"}
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process dies."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def _save_examples(folder: Path, experiment: Experiment, meta: Meta, steps: int, key) -> None:
+    """A few test tasks with the model's answers before and after adaptation, for the report."""
+    if experiment.pictures == "none" or experiment.learner.predict is None:
+        return
+    keys = jax.random.split(jax.random.fold_in(key, 1), _PICTURED_TASKS)
+    pictures = {"classification": _classified, "regression": _fitted}[experiment.pictures]
+    rows = [pictures(experiment, meta, steps, key) for key in keys]
+    stacked = {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
+    np.savez_compressed(folder / "examples.npz", **stacked)
+
+
+def _classified(experiment: Experiment, meta: Meta, steps: int, key) -> dict[str, Any]:
+    task = experiment.sample_test(key)
+    answers = [
+        jax.nn.softmax(_answer(experiment.learner, meta, task, task.query[0], num, key))
+        for num in (0, steps)
+    ]
+    return {
+        "support_x": task.support[0],
+        "support_y": task.support[1],
+        "query_x": task.query[0],
+        "query_y": task.query[1],
+        "before": answers[0],
+        "after": answers[1],
+    }
+
+
+def _fitted(experiment: Experiment, meta: Meta, steps: int, key) -> dict[str, Any]:
+    task = experiment.sample_test(key)
+    # The query points, in order, trace the curve behind the task.
+    order = np.argsort(np.asarray(task.query[0])[:, 0])
+    grid, truth = task.query[0][order], task.query[1][order]
+    fits = [
+        _answer(experiment.learner, meta, task, grid, num, key)[:, 0] for num in range(steps + 1)
+    ]
+    return {
+        "support_x": task.support[0],
+        "support_y": task.support[1],
+        "grid": grid[:, 0],
+        "truth": truth[:, 0],
+        "steps": np.stack(fits),
+    }
+
+
+def _answer(learner: Learner, meta: Meta, task: Task, x: jax.Array, num_steps: int, key):
+    assert learner.predict is not None
+    params = bl.adapt(learner, meta, task, key, num_steps=num_steps)
+    return learner.predict(params, meta, x)
+
+
