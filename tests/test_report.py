@@ -70,7 +70,7 @@ def regression_examples():
     return {
         "support_x": x,
         "support_y": np.sin(x),
-        "grid": grid,
+        "grid": np.stack([grid, grid]),
         "truth": truth,
         "steps": np.stack([truth * scale for scale in (0.0, 0.5, 0.8, 1.0)]),
     }

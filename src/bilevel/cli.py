@@ -1,6 +1,9 @@
 """The command line: bilevel train | eval | report | recipes | demo."""
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import shlex
 import sys
 import traceback
@@ -12,7 +15,7 @@ import tyro
 
 import bilevel as bl
 from bilevel.recipes.config import RECIPES, find_recipe
-from bilevel.recipes.run import evaluate_run, saved_recipe, start_folder, train_recipe
+from bilevel.recipes.run import evaluate_run, read_config, saved_recipe, train_recipe
 
 _USAGE = """\
 bilevel: learn how to learn
@@ -71,6 +74,8 @@ def _train(words: list[str]) -> int:
     default_folder = Path("runs") / name.rpartition(":")[2]
     recipe = cls()
     if "--resume" in flags and (folder := _flag(flags, "--folder") or default_folder).is_dir():
+        if (there := read_config(folder)["recipe"]) != name:
+            raise ValueError(f"{folder} holds a run of {there}, not of {name}; take another --folder")
         recipe = saved_recipe(folder)  # flags left out keep the values the run was started with
     parsed = _parse(
         f"bilevel train {name}",
@@ -80,8 +85,7 @@ def _train(words: list[str]) -> int:
     )
     recipe, folder = parsed.recipe, parsed.folder
     command = shlex.join(["bilevel", "train", *words])
-    start_folder(name, recipe, folder, parsed.resume, command)
-    state = train_recipe(name, recipe, folder, parsed.resume)
+    state = train_recipe(name, recipe, folder, parsed.resume, command)
     again = f"bilevel train {name} --folder {folder} --resume"
     if int(state.step) < recipe.num_meta_steps:
         print(f"stopped at outer step {int(state.step)}, checkpoint saved; go on with: {again}")
@@ -180,8 +184,7 @@ def _demo(words: list[str]) -> int:
     name = "maml-glyphs"
     resume = (folder / "config.json").exists()
     recipe = saved_recipe(folder) if resume else RECIPES[name]()
-    start_folder(name, recipe, folder, resume, f"bilevel train {name} --folder {folder}")
-    state = train_recipe(name, recipe, folder, resume)
+    state = train_recipe(name, recipe, folder, resume, f"bilevel train {name} --folder {folder}")
     if int(state.step) < recipe.num_meta_steps:
         print("stopped, checkpoint saved; the same command goes on from here")
         return _INTERRUPTED
@@ -211,7 +214,9 @@ def summary(result: dict[str, Any]) -> str:
     last = len(curves[name]["mean"]) - 1
     for step in sorted({0, 1, min(5, last), last}):
         if step <= last:
-            rows.append((f"meta-learned, {step} adaptation step{'s' * (step != 1)}", cell(curves[name], step)))
+            rows.append(
+                (f"meta-learned, {step} adaptation step{'s' * (step != 1)}", cell(curves[name], step))
+            )
     width = max(len(label) for label, _ in rows)
     label = name.replace("_", " ").replace("query", "test")
     head = f"{label}, mean ± 95% over {result['num_tasks']} tasks\n{result['protocol']}\n"
@@ -219,11 +224,17 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _parse(prog: str, cls: Any, words: list[str], description: str | None) -> Any:
+    """tyro's parser, with its boxed complaints made one line."""
+    said = io.StringIO()
     try:
-        return tyro.cli(cls, prog=prog, args=words, description=description)
-    except SystemExit as exit_:
-        # tyro has said what is wrong with the flags; its own exit status is kept.
-        raise SystemExit(exit_.code) from None
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, prog=prog, args=words, description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help was asked for, and printed
+    lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
+    reason = itertools.takewhile(lambda line: line and line.strip("─╯╰"), lines)
+    raise ValueError(f"{' '.join(reason) or 'wrong flags'}; `{prog} --help` lists the flags") from None
 
 
 _COMMANDS = {

@@ -11,7 +11,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core.primitives import custom_vjp_call_p
 from jax.interpreters import ad, batching, mlir
 
 from bilevel.problem import Loss
@@ -58,8 +59,9 @@ def mixed_gradient(loss: Loss) -> Callable:
         A function `(params, *rest) -> (value, gradient)`. The value is not differentiated.
 
     Raises:
-        TypeError: when differentiated, if `loss` holds an operation without a forward-mode
-            derivative (a `jax.custom_vjp`).
+        TypeError: if `loss` holds a `jax.custom_vjp`. Its reverse rule may be anything (clipping or
+            reversal of a gradient), and where it is not the true derivative second derivatives do not
+            commute: the transpose above would be silently wrong. A `jax.custom_jvp` is trusted.
 
     Reference: Kemaev et al., MixFlow-MG, 2025.
 
@@ -76,15 +78,29 @@ def mixed_gradient(loss: Loss) -> Callable:
             return loss(*jax.tree.unflatten(tree, leaves))
 
         closed = jax.make_jaxpr(flat_loss)(*leaves)
+        if _has_custom_vjp(closed.jaxpr):
+            raise TypeError(
+                "the inner loss holds a jax.custom_vjp, whose rule need not be the derivative of a function, "
+                "as mixed mode assumes; use bl.hypergrad.Unroll() in place of Mixed()"
+            )
         # What the loss closes over (an outer level's variable, say) becomes an operand like the rest.
-        jaxpr = closed.jaxpr.replace(
-            constvars=[], invars=[*closed.jaxpr.invars, *closed.jaxpr.constvars]
-        )
+        jaxpr = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.invars, *closed.jaxpr.constvars])
         flat = _FlatLoss(jaxpr_as_fun(closed.replace(jaxpr=jaxpr, consts=[])), params_tree.num_leaves)
         value, *gradient = _gradient(flat, *leaves, *closed.consts)
         return jax.lax.stop_gradient(value), jax.tree.unflatten(params_tree, gradient)
 
     return value_and_gradient
+
+
+def _has_custom_vjp(param) -> bool:
+    if isinstance(param, ClosedJaxpr):
+        return _has_custom_vjp(param.jaxpr)
+    if isinstance(param, Jaxpr):
+        return any(
+            eqn.primitive is custom_vjp_call_p or any(map(_has_custom_vjp, eqn.params.values()))
+            for eqn in param.eqns
+        )
+    return isinstance(param, tuple) and any(map(_has_custom_vjp, param))
 
 
 class _FlatLoss:
@@ -163,9 +179,9 @@ def _jvp(primals, tangents, **params):
                 full[i] = value
             return _apply(*full, **params)
 
-        curved = jax.jvp(
-            of_operands, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
-        )[1]
+        curved = jax.jvp(of_operands, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))[
+            1
+        ]
         total = [a + b for a, b in zip(total, curved, strict=True)]
     return out, total
 
@@ -193,9 +209,7 @@ def _transpose(cotangents, *args, loss, active, transposed, num_operands):
 
 
 def _batch(args, dims, *, loss, num_operands, **params):
-    size = next(
-        a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None
-    )
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     # The sum of independent losses has the block-diagonal Hessian that a batch of products needs.
     args = [
         jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)

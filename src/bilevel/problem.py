@@ -71,9 +71,7 @@ class Problem:
                     f"Problem.{name} must be a function, got {type(getattr(self, name)).__name__}"
                 )
         if self.metrics is not None and not callable(self.metrics):
-            raise TypeError(
-                f"Problem.metrics must be a function or None, got {type(self.metrics).__name__}"
-            )
+            raise TypeError(f"Problem.metrics must be a function or None, got {type(self.metrics).__name__}")
 
 
 class Solution(NamedTuple):

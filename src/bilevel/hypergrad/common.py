@@ -36,9 +36,7 @@ def outer_objective(
     return value, problem_metrics(problem, params, meta, task, key)
 
 
-def problem_metrics(
-    problem: Problem, params: Params, meta: Meta, task: Task, key: Key
-) -> dict[str, Scalar]:
+def problem_metrics(problem: Problem, params: Params, meta: Meta, task: Task, key: Key) -> dict[str, Scalar]:
     """`query_<name>` and `support_<name>` for each of `Problem.metrics`."""
     if problem.metrics is None:
         return {}
@@ -64,13 +62,28 @@ def differentiate(objective: Callable, meta: Meta) -> Hypergradient:
                 "is learned: make it a float, or move it into a field or a closure"
             )
     (value, stats), grad = jax.value_and_grad(objective, has_aux=True)(meta)
-    leaves = jax.tree.leaves(grad)
-    zero = sum((~jnp.any(leaf)).astype(jnp.float32) for leaf in leaves)
-    finite = jnp.isfinite(value)
-    for leaf in leaves:
-        finite &= jnp.all(jnp.isfinite(leaf))
-    stats = {**stats, "zero_leaves": zero, "finite": finite.astype(jnp.float32)}
-    return Hypergradient(value, grad, stats)
+    return Hypergradient(value, grad, {**stats, **gradient_stats(value, grad)})
+
+
+def largest_elements(tree: Meta) -> jax.Array:
+    """The largest absolute value of each leaf, `[num leaves]`: NaN or infinite if an element of it is.
+
+    One pass answers both questions, whether a leaf is finite and whether it is all zero.
+
+    >>> print(largest_elements([jnp.array([-2.0, 1.0]), jnp.array([0.0, jnp.nan])]))
+    [ 2. nan]
+    """
+    return jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)])
+
+
+def gradient_stats(value: Scalar, grad: Meta) -> dict[str, Scalar]:
+    """The `zero_leaves` and `finite` of a `Hypergradient`."""
+    largest = largest_elements(grad)
+    finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(largest))
+    return {
+        "zero_leaves": jnp.sum(largest == 0, dtype=jnp.float32),
+        "finite": finite.astype(jnp.float32),
+    }
 
 
 def require_iterative(estimator: object, solver: InnerSolver) -> None:

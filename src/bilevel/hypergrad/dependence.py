@@ -17,16 +17,12 @@ def unused_leaves(function: Callable, tree: Any, *rest: Any) -> list[str]:
     closed = jax.make_jaxpr(function)(tree, *rest)
     named = jax.tree_util.tree_leaves_with_path(tree)
     reached = _reached(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return [
-        jax.tree_util.keystr(path) for (path, _), used in zip(named, reached, strict=False) if not used
-    ]
+    return [jax.tree_util.keystr(path) for (path, _), used in zip(named, reached, strict=False) if not used]
 
 
 def _reached(jaxpr: Jaxpr, wanted: list[bool]) -> list[bool]:
     """Which inputs the wanted outputs depend on, walking backwards."""
-    live = {
-        v for v, w in zip(jaxpr.outvars, wanted, strict=True) if w and not isinstance(v, Literal)
-    }
+    live = {v for v, w in zip(jaxpr.outvars, wanted, strict=True) if w and not isinstance(v, Literal)}
     for eqn in reversed(jaxpr.eqns):
         outputs = [v in live for v in eqn.outvars]
         if not any(outputs):
@@ -35,7 +31,5 @@ def _reached(jaxpr: Jaxpr, wanted: list[bool]) -> list[bool]:
             inputs = _reached(eqn.params["jaxpr"].jaxpr, outputs)
         else:  # loops and the rest: any output may depend on any input
             inputs = [True] * len(eqn.invars)
-        live |= {
-            v for v, used in zip(eqn.invars, inputs, strict=True) if used and not isinstance(v, Literal)
-        }
+        live |= {v for v, used in zip(eqn.invars, inputs, strict=True) if used and not isinstance(v, Literal)}
     return [v in live for v in jaxpr.invars]

@@ -20,8 +20,8 @@ class Mixed:
         checkpoint: as in `Unroll`: keep only every `checkpoint`-th inner state.
 
     Raises:
-        TypeError: when the solver has no steps, or the inner loss holds a `jax.custom_vjp`, which has no
-            forward mode (use `Unroll`).
+        TypeError: when the solver has no steps, or the inner loss holds a `jax.custom_vjp`, whose rule
+            need not be a true derivative (use `Unroll`).
         ValueError: when `checkpoint` is not a positive whole number.
 
     Cost: about 4 inner gradients a step in time; memory O(K dim φ + activations of one inner gradient).

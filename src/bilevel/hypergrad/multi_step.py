@@ -1,6 +1,6 @@
 """Multi-step outer loss (MAML++): every inner iterate is judged, not only the last."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class MultiStep:
     """
 
     num_annealing_steps: int = 0
-    adjoint: Unroll | Mixed = Mixed()
+    adjoint: Unroll | Mixed = field(default_factory=Mixed)
 
     def __post_init__(self):
         if self.num_annealing_steps < 0:

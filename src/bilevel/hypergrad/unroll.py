@@ -58,13 +58,11 @@ class Unroll:
         """Stateless."""
         return ()
 
-    def solve(
-        self, problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key
-    ) -> Params:
+    def solve(self, problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key) -> Params:
         """The inner solution, differentiable in `meta` by this estimator: the way to nest levels."""
-        return unroll(
-            problem, solver, meta, task, key, gradient=self.gradient, checkpoint=self.checkpoint
-        )[0].params
+        return unroll(problem, solver, meta, task, key, gradient=self.gradient, checkpoint=self.checkpoint)[
+            0
+        ].params
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, tuple[()]]:
         """The hypergradient of one task."""

@@ -61,8 +61,7 @@ def differentiable(function: Callable) -> Callable:
 def _has_singular(param) -> bool:
     if isinstance(param, ClosedJaxpr):
         return any(
-            eqn.primitive in _SINGULAR or any(map(_has_singular, eqn.params.values()))
-            for eqn in param.eqns
+            eqn.primitive in _SINGULAR or any(map(_has_singular, eqn.params.values())) for eqn in param.eqns
         )
     return isinstance(param, tuple) and any(map(_has_singular, param))
 

@@ -10,8 +10,7 @@ import optax
 
 from bilevel.inner.differentiable import differentiable
 from bilevel.linalg import reverse_gradient
-from bilevel.problem import InnerState, IterativeSolver, Key, Meta, Params, Problem, Scalar
-from bilevel.problem import Solution, Task
+from bilevel.problem import InnerState, IterativeSolver, Key, Meta, Params, Problem, Scalar, Solution, Task
 
 
 class GradientState(NamedTuple):
@@ -104,8 +103,7 @@ class Gradient:
         optimizer = self.optimizer(meta)
         if not isinstance(optimizer, optax.GradientTransformation):
             raise TypeError(
-                "Gradient.optimizer(meta) must return an optax optimizer, "
-                f"got {type(optimizer).__name__}"
+                f"Gradient.optimizer(meta) must return an optax optimizer, got {type(optimizer).__name__}"
             )
         return optimizer
 

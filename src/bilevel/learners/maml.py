@@ -55,9 +55,7 @@ class PerLayerPerStep:
 
     def optimizer(self, rates) -> optax.GradientTransformation:
         """φ ← φ − αₖ ∇g; steps beyond those learned for use the last rate."""
-        return _descent(
-            lambda step: jax.tree.map(lambda rate: rate[jnp.minimum(step, len(rate) - 1)], rates)
-        )
+        return _descent(lambda step: jax.tree.map(lambda rate: rate[jnp.minimum(step, len(rate) - 1)], rates))
 
 
 def _descent(rates_at: Callable) -> optax.GradientTransformation:
@@ -113,17 +111,14 @@ def maml(
         rates = Fixed(float(rates))
     if not isinstance(rates, Fixed | PerParameter | PerLayerPerStep):
         raise TypeError(
-            "maml's rates must be a number, PerParameter(rate) or PerLayerPerStep(rate), "
-            f"got {rates!r}"
+            f"maml's rates must be a number, PerParameter(rate) or PerLayerPerStep(rate), got {rates!r}"
         )
 
     def adapted(init):
         if adapt == "all":
             return init
         if adapt not in init:
-            raise KeyError(
-                f"maml(adapt={adapt!r}): the network's parameters have the entries {sorted(init)}"
-            )
+            raise KeyError(f"maml(adapt={adapt!r}): the network's parameters have the entries {sorted(init)}")
         return {adapt: init[adapt]}
 
     def outputs(params, meta, x):

@@ -92,7 +92,7 @@ def conv4(
 
 def _patches(x: jax.Array) -> jax.Array:
     """3x3 neighbourhoods at stride 2 with a border of one zero: `[n, h, w, c] -> [n, h/2, w/2, 9c]`."""
-    n, height, width, channels = x.shape
+    height, width, channels = x.shape[1:]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     taps = [
         x[:, i : i + height : _STRIDE, j : j + width : _STRIDE, :]

@@ -30,9 +30,7 @@ def mlp(sizes: Sequence[int], activation: Callable = jax.nn.relu) -> Net:
     """
     sizes = tuple(sizes)
     if len(sizes) < 2 or any(size < 1 for size in sizes):
-        raise ValueError(
-            f"mlp needs at least an input and an output width, each at least 1, got {sizes}"
-        )
+        raise ValueError(f"mlp needs at least an input and an output width, each at least 1, got {sizes}")
     names = [*(f"hidden_{i}" for i in range(len(sizes) - 2)), "head"]
 
     def init(key):

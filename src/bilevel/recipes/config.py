@@ -1,6 +1,7 @@
 """Recipes to JSON and back, and where they are found."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -20,6 +21,7 @@ RECIPES: dict[str, type] = {
 }
 
 
+@functools.cache
 def find_recipe(name: str) -> type:
     """The recipe class of that name, or of `path/to/file.py:Name`.
 

@@ -1,6 +1,7 @@
 """MAML on glyphs: few-shot recognition of procedurally drawn characters, with nothing to download."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import optax
 
@@ -33,12 +34,10 @@ class MamlGlyphs:
     """Inner steps at evaluation."""
     eval_tasks: int = 600
     """Test tasks."""
-    compute_dtype: str = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 multiplies faster where the processor can, with about three digits less."""
     maml: Maml = field(default_factory=Maml)
-    loop: bl.Options = field(
-        default_factory=lambda: bl.Options(chunk_size=50, checkpoint_every=500)
-    )
+    loop: bl.Options = field(default_factory=lambda: bl.Options(chunk_size=50, checkpoint_every=500))
 
     def build(self) -> Experiment:
         """Put the experiment together."""

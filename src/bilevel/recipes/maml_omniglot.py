@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import optax
 
@@ -34,16 +35,14 @@ class MamlOmniglot:
     """Inner steps at evaluation."""
     eval_tasks: int = 1000
     """Test tasks."""
-    compute_dtype: str = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 multiplies faster where the processor can, with about three digits less."""
     data: Path | None = None
     """omniglot.npz, an official zip, or a folder with them; else BILEVEL_DATA and the cache are tried."""
     download: bool = False
     """Get the official archives into the cache folder when no data is found."""
     maml: Maml = field(default_factory=Maml)
-    loop: bl.Options = field(
-        default_factory=lambda: bl.Options(chunk_size=100, checkpoint_every=1000)
-    )
+    loop: bl.Options = field(default_factory=lambda: bl.Options(chunk_size=100, checkpoint_every=1000))
 
     def build(self) -> Experiment:
         """Read the data and put the experiment together."""
@@ -53,9 +52,7 @@ class MamlOmniglot:
         queries = min(15, 20 - self.shots)  # Omniglot has 20 drawings of a character
 
         def tasks(split: str, queries: int):
-            return bl.tasks.omniglot(
-                split, self.ways, self.shots, queries, self.data, self.download
-            )
+            return bl.tasks.omniglot(split, self.ways, self.shots, queries, self.data, self.download)
 
         return Experiment(
             learner=self.maml.learner(net, loss),

@@ -34,9 +34,7 @@ class MamlSinusoid:
     """Test tasks."""
     maml: Maml = field(default_factory=lambda: Maml(num_steps=1, rate=0.01))
     loop: bl.Options = field(
-        default_factory=lambda: bl.Options(
-            chunk_size=1000, task_chunk=25, checkpoint_every=10_000
-        )
+        default_factory=lambda: bl.Options(chunk_size=1000, task_chunk=25, checkpoint_every=10_000)
     )
 
     def build(self) -> Experiment:
@@ -56,5 +54,3 @@ class MamlSinusoid:
             scratch=from_scratch(net, loss, optax.adam(1e-2), 50),
             pictures="regression",
         )
-
-

@@ -18,16 +18,14 @@ from bilevel.train.checkpoint import Checkpoints
 _PICTURED_TASKS = 4
 
 
-def start_folder(name: str, recipe: Any, folder: Path, resume: bool, command: str) -> None:
-    """Claim a run folder and save the resolved configuration in it.
+def check_folder(name: str, recipe: Any, folder: Path, resume: bool) -> None:
+    """Refuse a folder that this run may not write to, before any work is done.
 
     Raises:
-        FileExistsError: when a run is there already and `resume` is not set.
-        FileNotFoundError: when there is none and it is.
+        FileExistsError: when something is there already and `resume` is not set.
+        FileNotFoundError: when no run is there and it is.
         ValueError: when the run there is of another recipe or configuration.
-        OSError: when the folder cannot be written.
     """
-    path = folder / "config.json"
     if resume:
         saved = read_config(folder)
         here = {"recipe": name, "fields": _identity(recipe)}
@@ -36,20 +34,10 @@ def start_folder(name: str, recipe: Any, folder: Path, resume: bool, command: st
             raise ValueError(
                 f"{folder} holds another run: {difference}; leave the flag out, or take another --folder"
             )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} is in use already; go on with --resume, take another --folder, or remove it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "recipe": name,
-        "fields": to_fields(recipe),
-        "version": bl.__version__,
-        "jax": jax.__version__,
-        "command": command,
-    }
-    _write(path, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -66,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-        config["recipe"], config["fields"]  # noqa: B018
+        config["recipe"], config["fields"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); train again in another --folder") from error
     return config
@@ -78,10 +66,30 @@ def saved_recipe(folder: Path) -> Any:
     return from_fields(find_recipe(config["recipe"]), config["fields"])
 
 
-def train_recipe(name: str, recipe: Any, folder: Path, resume: bool) -> bl.MetaState:
-    """Run a recipe's outer loop in its folder, which `start_folder` has claimed."""
+def train_recipe(name: str, recipe: Any, folder: Path, resume: bool, command: str) -> bl.MetaState:
+    """Run a recipe's outer loop in a folder; the resolved configuration is saved beside it.
+
+    Args:
+        name: the recipe's name, or path/to/file.py:Name.
+        command: what to type to repeat the run.
+
+    Raises:
+        What `check_folder`, the recipe's `build` and `bl.train` raise; OSError when the folder cannot be
+        written. Nothing is left behind by a run that could not be built.
+    """
+    check_folder(name, recipe, folder, resume)
     experiment = recipe.build()
     state = _first_state(experiment, recipe.seed)
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "recipe": name,
+            "fields": to_fields(recipe),
+            "version": bl.__version__,
+            "jax": jax.__version__,
+            "command": command,
+        }
+        _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return bl.train(
         experiment.learner,
         experiment.optimizer,
@@ -89,7 +97,7 @@ def train_recipe(name: str, recipe: Any, folder: Path, resume: bool) -> bl.MetaS
         state,
         recipe.num_meta_steps,
         options=getattr(recipe, "loop", None),
-        run=bl.Run(folder, _fingerprint(name, recipe), resume, title=name),
+        run=bl.Run(folder, _fingerprint(name, recipe), resume, title=Path(name).name),
     )
 
 
@@ -180,15 +188,18 @@ def _save_examples(folder: Path, experiment: Experiment, meta: Meta, steps: int,
     keys = jax.random.split(jax.random.fold_in(key, 1), _PICTURED_TASKS)
     pictures = {"classification": _classified, "regression": _fitted}[experiment.pictures]
     rows = [pictures(experiment, meta, steps, key) for key in keys]
-    stacked = {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
+    stacked = {
+        # The fits lead with the adaptation step, everything else with the task.
+        name: np.stack([np.asarray(row[name]) for row in rows], axis=int(name == "steps"))
+        for name in rows[0]
+    }
     np.savez_compressed(folder / "examples.npz", **stacked)
 
 
 def _classified(experiment: Experiment, meta: Meta, steps: int, key) -> dict[str, Any]:
     task = experiment.sample_test(key)
     answers = [
-        jax.nn.softmax(_answer(experiment.learner, meta, task, task.query[0], num, key))
-        for num in (0, steps)
+        jax.nn.softmax(_answer(experiment.learner, meta, task, task.query[0], num, key)) for num in (0, steps)
     ]
     return {
         "support_x": task.support[0],
@@ -205,9 +216,7 @@ def _fitted(experiment: Experiment, meta: Meta, steps: int, key) -> dict[str, An
     # The query points, in order, trace the curve behind the task.
     order = np.argsort(np.asarray(task.query[0])[:, 0])
     grid, truth = task.query[0][order], task.query[1][order]
-    fits = [
-        _answer(experiment.learner, meta, task, grid, num, key)[:, 0] for num in range(steps + 1)
-    ]
+    fits = [_answer(experiment.learner, meta, task, grid, num, key)[:, 0] for num in range(steps + 1)]
     return {
         "support_x": task.support[0],
         "support_y": task.support[1],
@@ -221,5 +230,3 @@ def _answer(learner: Learner, meta: Meta, task: Task, x: jax.Array, num_steps: i
     assert learner.predict is not None
     params = bl.adapt(learner, meta, task, key, num_steps=num_steps)
     return learner.predict(params, meta, x)
-
-

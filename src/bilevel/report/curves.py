@@ -124,11 +124,7 @@ def training(runs: Sequence[Run]) -> str:
             supports = supports or bool(found)
             lines += found + _against_outer(run, f"query_{base}", _ink(place), "solid", tag)
         longest = max((len(line.y) for line in lines), default=0)
-        note = (
-            f"{count(longest)} points, drawn as means of neighbours."
-            if longest > MAX_POINTS
-            else ""
-        )
+        note = f"{count(longest)} points, drawn as means of neighbours." if longest > MAX_POINTS else ""
         label = f"{figure_name(base)} against outer steps, {' and '.join(run.name for run in runs)}"
         panels.append(_panel(base, lines, Frame(label, "outer step", is_percent(base)), note))
     if not panels:

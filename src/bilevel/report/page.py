@@ -11,7 +11,7 @@ import numpy as np
 from bilevel.report.curves import adaptation, chance, end_of, key, training
 from bilevel.report.numbers import count, duration, figure_name, measure
 from bilevel.report.pictures import examples
-from bilevel.report.runs import Run, number
+from bilevel.report.runs import Curve, Run, number
 from bilevel.report.style import CSS
 
 TASKS_ALONE, TASKS_COMPARED = 4, 2
@@ -61,10 +61,7 @@ def _header(runs: Sequence[Run], title: str) -> str:
     notes = "".join(_notes(run, len(runs) > 1) for run in runs)
     notes = f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else ""
     kind = "Run report" if len(runs) == 1 else "Comparison"
-    return (
-        f'<header><p class="kicker">bilevel · {kind}</p><h1>{escape(title)}</h1>'
-        f"{facts}{notes}</header>"
-    )
+    return f'<header><p class="kicker">bilevel · {kind}</p><h1>{escape(title)}</h1>{facts}{notes}</header>'
 
 
 def _facts(run: Run) -> list[str]:
@@ -118,6 +115,11 @@ def _tasks(run: Run) -> str:
     return tasks_text + (f" ({escape(str(split))})" if split is not None else "")
 
 
+def _after(curve: Curve) -> str:
+    steps = len(curve.mean) - 1
+    return f"<small>({steps} step{'' if steps == 1 else 's'})</small>"
+
+
 def _result_alone(run: Run, name: str) -> str:
     meta, scratch = run.curves[name], run.scratch.get(name)
     steps = len(meta.mean) - 1
@@ -125,13 +127,12 @@ def _result_alone(run: Run, name: str) -> str:
     rows = []
     if np.isfinite(guess):
         rows.append(["Chance", measure(name, guess), measure(name, guess)])
-    rows.append(
-        ["From scratch, on the support set", end_of(scratch, name, 0), end_of(scratch, name)]
-    )
+    if scratch is not None:
+        rows.append(["From scratch, on the support set", end_of(scratch, name, 0),
+                     f"{end_of(scratch, name)} {_after(scratch)}"])  # fmt: skip
     rows.append(["<strong>Meta-learned</strong>", end_of(meta, name, 0),
-                 f"<strong>{end_of(meta, name)}</strong>"])  # fmt: skip
-    unit = "step" if steps == 1 else "steps"
-    table = _table(["Start", "Before adaptation", f"After {steps} {unit}"], rows, "Result")
+                 f"<strong>{end_of(meta, name)}</strong> {_after(meta)}"])  # fmt: skip
+    table = _table(["Start", "Before adaptation", "After"], rows, "Result")
     protocol = run.evaluation.get("protocol")
     terms = [("Protocol", escape(str(protocol)) if protocol is not None else "—"),
              ("Tasks", _tasks(run))]  # fmt: skip
@@ -145,7 +146,7 @@ def _result_alone(run: Run, name: str) -> str:
         half = f"<span>± {half}</span>"
     hero = (
         f'<p class="hero"><b>{value}</b>{half}<small>{escape(figure_name(name))} after {steps} '
-        f"adaptation {unit}</small></p>"
+        f"adaptation step{'' if steps == 1 else 's'}</small></p>"
     )
     return f'{hero}<div class="alone">{table}</div><dl class="terms">{listed}</dl>'
 
@@ -173,9 +174,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str) -> st
     """A table in a box of its own that scrolls sideways on a phone. Cells are HTML already."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in row[1:])
-        + "</tr>"
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
         for row in rows
     )
     return (
@@ -211,9 +210,7 @@ def _config(runs: Sequence[Run]) -> str:
         return ""
     tables: list[dict[str, str]] = []
     for run in runs:
-        top = {
-            name: run.config[name] for name in ("recipe", "version", "jax") if name in run.config
-        }
+        top = {name: run.config[name] for name in ("recipe", "version", "jax") if name in run.config}
         tables.append({**_flat(top), **_flat(run.config.get("fields"))})
     rows = []
     for field in dict.fromkeys(field for table in tables for field in table):

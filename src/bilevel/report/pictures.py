@@ -40,12 +40,9 @@ def _task(index: int, task: dict[str, np.ndarray], level: int) -> str:
     query = _spread(truth, MAX_QUERY)
     support_images = _unit(task["support_x"])
     query_images = _unit(task["query_x"])
-    cards = "".join(
-        _support(support_images[place], int(task["support_y"][place])) for place in support
-    )
+    cards = "".join(_support(support_images[place], int(task["support_y"][place])) for place in support)
     answers = "".join(
-        _query(query_images[place], int(truth[place]), before[place], after[place])
-        for place in query
+        _query(query_images[place], int(truth[place]), before[place], after[place]) for place in query
     )
     right = [int((_answers(probabilities) == truth).sum()) for probabilities in (before, after)]
     return (
@@ -134,13 +131,13 @@ def _image(image: np.ndarray, alt: str) -> str:
 
 def _regression(run: Run, limit: int, level: int) -> str:
     arrays = run.examples
-    grid = np.asarray(arrays["grid"], float).reshape(-1)
     last = len(arrays["steps"]) - 1
     shown = sorted({round(part) for part in np.linspace(0, last, min(MAX_FITS, last + 1))})
     if last > 1:
         shown = sorted({1, *shown})  # the first step is where a good start shows
     figures, legend = [], ""
     for index in range(min(limit, arrays["steps"].shape[1])):
+        grid = np.asarray(arrays["grid"][index], float)
         lines = [_fit(step, last, grid, arrays["steps"][step, index]) for step in shown]
         keys = [f"after {step} step{'' if step == 1 else 's'}" for step in shown]
         if "truth" in arrays:

@@ -86,8 +86,7 @@ def _read(folder: Path, name: str) -> Run:
     if not any((folder / mark).is_file() for mark in MARKS):
         why = "holds none of " + ", ".join(MARKS) if folder.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"expected a run folder, got {folder}, which {why}; "
-            "make one with `bilevel train RECIPE`"
+            f"expected a run folder, got {folder}, which {why}; make one with `bilevel train RECIPE`"
         )
     evaluate = f"bilevel eval {shlex.quote(str(folder))}"
     notes: list[Note] = []
@@ -209,7 +208,7 @@ def _wrong_shapes(examples: dict[str, np.ndarray]) -> str:
         steps, support = shapes["steps"], shapes["support_x"]
         good = (
             len(steps) == 3
-            and shapes["grid"] in (steps[2:], (*steps[2:], 1))
+            and shapes["grid"] == steps[1:]
             and len(support) == 3
             and support[0] == steps[1]
             and support[2] == 1

@@ -59,9 +59,7 @@ class FewShot:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         images, labels = _checked_images(self.images), _checked_labels(self.labels)
         if len(images) != len(labels):
-            raise ValueError(
-                f"images and labels must have one length, got {len(images)} and {len(labels)}"
-            )
+            raise ValueError(f"images and labels must have one length, got {len(images)} and {len(labels)}")
         if self.rotations and (images.ndim == 2 or images.shape[1] != images.shape[2]):
             raise ValueError(
                 f"rotations need square pictures [N, H, H, C], got images of shape {images.shape}"
@@ -94,9 +92,7 @@ class FewShot:
     def __call__(self, key: Key) -> Task:
         """Draw a task: (x float32 [ways * n, ...], y int32 [ways * n]) twice."""
         class_key, example_key = jax.random.split(key)
-        turns, classes = jnp.divmod(
-            choose(class_key, self.num_classes, self.ways), self.counts.shape[0]
-        )
+        turns, classes = jnp.divmod(choose(class_key, self.num_classes, self.ways), self.counts.shape[0])
         keys = jax.random.split(example_key, self.ways)
         pick = jax.vmap(choose, (0, 0, None))
         picks = pick(keys, self.counts[classes], self.shots + self.queries)

@@ -54,9 +54,7 @@ def _program(class_id: int | jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     """
     key = jax.random.fold_in(jax.random.key(_PROGRAM_SEED), class_id)
     sizes = [_GRID * _GRID, MAX_STROKES, MAX_STROKES, MAX_STROKES, 1]
-    order, bend, join, kind, number = _parts(
-        jax.random.uniform(key, (sum(sizes),), jnp.float32), sizes
-    )
+    order, bend, join, kind, number = _parts(jax.random.uniform(key, (sum(sizes),), jnp.float32), sizes)
 
     # All control points differ, so strokes seldom cover one another.
     cells = jnp.argsort(order)[: 4 * MAX_STROKES].reshape(MAX_STROKES, 4)

@@ -104,8 +104,7 @@ def _find(data: str | os.PathLike | None, download: bool) -> archive.Drawings:
         drawings = _read_folder(path) if path.is_dir() else archive.read(path)
         if drawings is None:
             raise FileNotFoundError(
-                f"no Omniglot in folder {path}: expected {archive.PACKED}, or {OFFICIAL[0]} and "
-                f"{OFFICIAL[1]}"
+                f"no Omniglot in folder {path}: expected {archive.PACKED}, or {OFFICIAL[0]} and {OFFICIAL[1]}"
             )
         return drawings
     folders = [Path(os.environ["BILEVEL_DATA"])] if os.environ.get("BILEVEL_DATA") else []
@@ -117,7 +116,7 @@ def _find(data: str | os.PathLike | None, download: bool) -> archive.Drawings:
     if download:
         return _download(folders[-1])
     raise FileNotFoundError(
-        f"no Omniglot in {' or '.join(map(str, folders))}: pass download=True to get it "
+        f"no Omniglot in {' or '.join(map(str, folders))}: pass download=True (--download) to get it "
         f"(16 MB), or data=, or set BILEVEL_DATA to a folder with {archive.PACKED}"
     )
 

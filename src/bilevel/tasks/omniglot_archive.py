@@ -21,9 +21,7 @@ from bilevel.tasks.download import hash_of, temporary_beside
 ARCHIVES = {
     "images_background.zip": "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640",
     "images_evaluation.zip": "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee",
-    "images_background_small1.zip": (
-        "f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4"
-    ),
+    "images_background_small1.zip": ("f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4"),
 }
 PACKED = "omniglot.npz"
 
@@ -75,8 +73,7 @@ def read_packed(path: Path) -> Drawings:
             parts = [file[name] for name in shapes]
     except (*_DAMAGE, OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is damaged or no packed Omniglot ({_first_line(error)}); delete it and get "
-            "it again"
+            f"{path} is damaged or no packed Omniglot ({_first_line(error)}); delete it and get it again"
         ) from error
     for part, (name, shape) in zip(parts, shapes.items(), strict=True):
         if part.shape != shape or part.dtype != np.uint8:

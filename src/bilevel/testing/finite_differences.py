@@ -9,9 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 
-def gradient_by_differences(
-    function: Callable, at: Any, step: float = 1e-5
-) -> tuple[float, Any]:
+def gradient_by_differences(function: Callable, at: Any, step: float = 1e-5) -> tuple[float, Any]:
     """Value and gradient of a scalar function of a pytree, one element at a time.
 
         ∂ᵢF ≈ (F(x + h eᵢ) − F(x − h eᵢ)) / 2h

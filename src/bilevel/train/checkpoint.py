@@ -101,9 +101,7 @@ class Checkpoints:
         """
         return next(iter(self._complete_steps()), None)
 
-    def restore(
-        self, template: Any, fingerprint: dict[str, Any], step: int | None = None
-    ) -> tuple[Any, int]:
+    def restore(self, template: Any, fingerprint: dict[str, Any], step: int | None = None) -> tuple[Any, int]:
         """Read a state back, bit for bit: `(state, step)`.
 
         Args:
@@ -157,9 +155,7 @@ class Checkpoints:
             if not problem:
                 yield step
             else:
-                warnings.warn(
-                    f"ignoring incomplete checkpoint {self._path(step)}: {problem}", stacklevel=3
-                )
+                warnings.warn(f"ignoring incomplete checkpoint {self._path(step)}: {problem}", stacklevel=3)
 
     def _prune(self, saved: int, state_name: str) -> None:
         # The one just saved always stays, even where a newer one exists: that one may be damaged.

@@ -22,9 +22,7 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(
-    title: str, total: int, start: int = 0, enabled: bool | None = None
-) -> Iterator[Progress]:
+def progress(title: str, total: int, start: int = 0, enabled: bool | None = None) -> Iterator[Progress]:
     """Show how far a run is: steps, speed, time left, losses and accuracies.
 
     Args:

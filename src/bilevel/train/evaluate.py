@@ -49,9 +49,7 @@ class Evaluation(NamedTuple):
         return {"num_tasks": self.num_tasks, "num_steps": self.num_steps, "curves": curves}
 
 
-def adapt(
-    learner: Learner, meta: Meta, task: Task, key: Key, num_steps: int | None = None
-) -> Params:
+def adapt(learner: Learner, meta: Meta, task: Task, key: Key, num_steps: int | None = None) -> Params:
     """What the learned learner makes of a task's support batch.
 
     Args:
@@ -77,9 +75,7 @@ def with_num_steps(learner: Learner, num_steps: int | None) -> Learner:
     if num_steps is None:
         return learner
     if not isinstance(learner.solver, IterativeSolver):
-        raise ValueError(
-            f"{type(learner.solver).__name__} has no num_steps to set; leave num_steps out"
-        )
+        raise ValueError(f"{type(learner.solver).__name__} has no num_steps to set; leave num_steps out")
     solver = dataclasses.replace(learner.solver, num_steps=num_steps)  # type: ignore[type-var]
     return dataclasses.replace(learner, solver=solver)
 

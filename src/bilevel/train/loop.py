@@ -140,10 +140,10 @@ def train(
                     writer.write(done, time.perf_counter() - begin, values)
                     display.update(done, values)
             ended = done >= num_meta_steps or problem is not None or stop_asked()
-            if checkpoints is not None and done > saved:
-                if ended or done - saved >= options.checkpoint_every:
-                    checkpoints.save(done, state, run.fingerprint)
-                    saved = done
+            due = ended or done - saved >= options.checkpoint_every
+            if checkpoints is not None and run is not None and done > saved and due:
+                checkpoints.save(done, state, run.fingerprint)
+                saved = done
             if problem is not None:
                 raise HypergradientError(problem)
     return state
@@ -165,9 +165,7 @@ def _compile(learner, optimizer, sample_tasks, options):
 
     def run(arrays, state, num_steps):
         shapes = jax.eval_shape(step, arrays, state)[1]
-        log = jax.tree.map(
-            lambda s: jnp.zeros((options.chunk_size, *s.shape), s.dtype), shapes
-        )
+        log = jax.tree.map(lambda s: jnp.zeros((options.chunk_size, *s.shape), s.dtype), shapes)
 
         def unfinished(carry):
             i, good, _, _ = carry

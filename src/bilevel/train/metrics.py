@@ -113,8 +113,7 @@ def read_metrics(path: Path) -> list[Row]:
             rows.append(row)
         elif number < len(lines):
             raise ValueError(
-                f"{path}:{number} must be a JSON object with a 'step', got {line[:40]!r}: "
-                "remove the line"
+                f"{path}:{number} must be a JSON object with a 'step', got {line[:40]!r}: remove the line"
             )
     return rows
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel.hypergrad.common import gradient_stats, largest_elements
 from bilevel.problem import EstimatorState, Hypergradient, Key, Learner, Meta, Scalar, Task
 
 
@@ -60,9 +61,7 @@ def init_state(
     run_key, meta_key, task_key = jax.random.split(key, 3)
     if meta is None:
         if learner.init_meta is None:
-            raise ValueError(
-                "this learner has no init_meta, so there is nothing to start from: pass meta="
-            )
+            raise ValueError("this learner has no init_meta, so there is nothing to start from: pass meta=")
         meta = learner.init_meta(meta_key)
     meta = jax.tree.map(jnp.asarray, meta)
     tasks = sample_tasks(task_key)
@@ -116,9 +115,7 @@ def mean_hypergradient(
         )
 
     def one(task, state, key):
-        return learner.estimator.estimate(
-            learner.problem, learner.solver, meta, task, state, key
-        )
+        return learner.estimator.estimate(learner.problem, learner.solver, meta, task, state, key)
 
     def body(total, chunk):
         if task_chunk == 1:
@@ -136,7 +133,10 @@ def mean_hypergradient(
     total, (values, stats, states) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, meta), chunks)
     grad = jax.tree.map(lambda leaf: leaf / count, total)
     states = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), states)
-    return Hypergradient(values.mean(), grad, jax.tree.map(jnp.mean, stats)), states
+    value = values.mean()
+    # A mean is not finite if any of its parts is not: the compiler drops the passes over every part.
+    stats = {**jax.tree.map(jnp.mean, stats), **gradient_stats(value, grad)}
+    return Hypergradient(value, grad, stats), states
 
 
 def meta_step(
@@ -174,10 +174,10 @@ def meta_step(
     )
     updates, opt_state = optimizer.update(h.grad, state.opt_state, state.meta)
     meta = optax.apply_updates(state.meta, updates)
-    leaves = jax.tree.leaves(h.grad)
+    largest = largest_elements(h.grad)
     metrics = Metrics(
-        scalars={"outer_loss": h.value, **h.stats, "grad_norm": optax.global_norm(h.grad)},
-        nonzero=jnp.stack([jnp.any(leaf != 0) for leaf in leaves]),
-        finite=jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in [*leaves, h.value]]),
+        scalars={"outer_loss": h.value, **h.stats, "grad_norm": optax.tree.norm(h.grad)},
+        nonzero=largest != 0,
+        finite=jnp.isfinite(jnp.append(largest, h.value)),
     )
     return MetaState(meta, opt_state, estimator_state, state.key, state.step + 1), metrics
