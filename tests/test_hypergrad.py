@@ -35,7 +35,8 @@ PAIRS = [
     for row, (_, promises) in ESTIMATORS.items()
     for problem in PROBLEMS
     if row in ("unroll", "mixed")
-    or (promises == "exact" and problem in ("quadratic-momentum-20", "dead-relu-rates-5"))
+    or (promises == "exact" and problem in ("quadratic-momentum-20", "quadratic-schedule-5"))
+    or (row.endswith("checkpoint-3") and problem == "dead-relu-rates-5")
     or (promises != "exact" and problem in ("quadratic-schedule-5", "quadratic-momentum-20"))
 ]
 
@@ -61,9 +62,8 @@ def test_dead_relu_is_dead(optimizer):
     assert grad["init"]["offset"][2] == 0 and np.all(grad["init"]["offset"][[0, 1, 3]])
 
 
-@pytest.mark.parametrize("estimator", EXACT)
 @pytest.mark.parametrize("num_steps", [1, 5, 20])
-def test_adam_equals_a_plain_loop(x64, estimator, num_steps):
+def test_adam_equals_a_plain_loop(x64, num_steps):
     a = jnp.array([[2.0, 0.3], [0.3, 1.0]])
     problem = bl.Problem(
         init=lambda meta, key: meta["init"],
@@ -85,11 +85,13 @@ def test_adam_equals_a_plain_loop(x64, estimator, num_steps):
         return problem.outer_loss(params, meta, None, None)
 
     solver = bl.inner.Gradient(lambda meta: optax.adam(meta["rate"]), num_steps)
-    got = jax.jit(lambda m: bl.hypergradient(problem, solver, estimator, m, NO_TASK, KEY))(meta)
-    value, grad = jax.jit(jax.value_and_grad(plain))(meta)
-    assert_close("value", got.value, value, 1e-12)
-    assert_trees_close("grad", got.grad, grad, 1e-10)
-    assert_derivative(jax.jit(plain), got.grad, meta, tolerance=1e-6)
+    value, grad = jax.value_and_grad(plain)(meta)
+    for estimator in EXACT:
+        run = jax.jit(lambda m, e=estimator: bl.hypergradient(problem, solver, e, m, NO_TASK, KEY))
+        got = run(meta)
+        assert_close("value", got.value, value, 1e-12)
+        assert_trees_close("grad", got.grad, grad, 1e-10)
+    assert_derivative(lambda m: run(m).value, grad, meta)
 
 
 @pytest.mark.parametrize("row", ESTIMATORS)
@@ -284,10 +286,9 @@ def test_multi_step_is_the_weighted_sum_of_prefixes(x64):
             for name in case.meta
         }
         assert after == count + 1
-        # The count is divided in float32.
-        assert_trees_close("grad", h.grad, expected, 1e-6 if count == 4 else 1e-10)
-        value = sum(w * p.value for w, p in zip(weights, prefixes))
-        assert_close("value", h.value, value, 1e-6)
+        assert_trees_close("grad", h.grad, expected, 1e-10)
+        value = sum(w * prefix.value for w, prefix in zip(weights, prefixes))
+        assert_close("value", h.value, value, 1e-10)
         assert_close("last_outer_loss", h.stats["last_outer_loss"], case.exact.value, 1e-12)
 
 
@@ -327,6 +328,7 @@ def test_checkpoint_must_be_positive(estimator, checkpoint):
         estimator(checkpoint=checkpoint)
 
 
+@pytest.mark.filterwarnings("ignore::bilevel.FirstOrderWarning")
 @pytest.mark.parametrize("estimator", [Unroll(), Mixed(), FirstOrder(), MultiStep()])
 def test_refusals_name_the_fault_and_the_remedy(estimator):
     problem, solver, meta, task = contract()

@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-INSTALL = (
-    "python3 -m venv .venv-peers && .venv-peers/bin/pip install -r bench/peers/requirements.txt"
-)
+INSTALL = "python3 -m venv .venv-peers && .venv-peers/bin/pip install -r bench/peers/requirements.txt"
 WARM_UP = 3
 
 
@@ -85,9 +83,7 @@ def _formatted(work: Work, setting: Setting, vmapped: bool):
     if setting.channels_last:
         net = net.to(memory_format=torch.channels_last)
         # The tasks come first: each task alone is made channels-last.
-        support, query = (
-            (x.movedim(-3, -1).contiguous().movedim(-1, -3), y) for x, y in (support, query)
-        )
+        support, query = ((x.movedim(-3, -1).contiguous().movedim(-1, -3), y) for x, y in (support, query))
     return net, support, query
 
 

@@ -138,9 +138,7 @@ def _vmap_backward(net, work: Work, support, query, make_update: Callable, chunk
 
 
 def _mean_grad(net, work: Work, chunk: int | None) -> Callable:
-    losses = torch.vmap(
-        _task_loss(net, work, _sgd(work)), in_dims=(None, 0, 0, 0, 0), chunk_size=chunk
-    )
+    losses = torch.vmap(_task_loss(net, work, _sgd(work)), in_dims=(None, 0, 0, 0, 0), chunk_size=chunk)
     return torch.func.grad_and_value(lambda params, *task: losses(params, *task).mean())
 
 

@@ -67,10 +67,10 @@ class MultiStep:
 
     def weights(self, num_steps: int, count: jax.Array) -> jax.Array:
         """w at outer step `count`: `[num_steps]`, summing to 1."""
-        even = jnp.full(num_steps, 1 / num_steps)
+        even = jnp.full(num_steps, 1 / num_steps, float)
         if self.num_annealing_steps == 0:
             return even
-        done = jnp.minimum(count / self.num_annealing_steps, 1.0)
+        done = jnp.minimum(jnp.asarray(count, float) / self.num_annealing_steps, 1.0)
         return (1 - done) * even + done * jnp.zeros(num_steps).at[-1].set(1.0)
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, jax.Array]:

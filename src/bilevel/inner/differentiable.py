@@ -11,10 +11,11 @@ there. Everywhere else value and derivative are those of the original.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core import primitives as p
 
 # Elementwise operations with a singular derivative. They are all an optimizer can trip on: norms,
@@ -59,7 +60,7 @@ def differentiable(function: Callable) -> Callable:
 
 
 def _has_singular(param) -> bool:
-    if isinstance(param, ClosedJaxpr):
+    if isinstance(param, ClosedJaxpr | Jaxpr):
         return any(
             eqn.primitive in _SINGULAR or any(map(_has_singular, eqn.params.values())) for eqn in param.eqns
         )
@@ -79,6 +80,10 @@ def _evaluate(closed: ClosedJaxpr, *args):
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive is p.jit_p:
             out = _evaluate(eqn.params["jaxpr"], *inputs)
+        elif eqn.primitive is p.remat_p:  # its body is no closed one, so it is made anew
+            body = ClosedJaxpr(eqn.params["jaxpr"], ())
+            options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+            out = jax.checkpoint(partial(_evaluate, body), **options)(*inputs)
         elif eqn.primitive in _GUARDED and _is_float(eqn.outvars[0].aval):
             out = [_with_finite_derivative(eqn.primitive, eqn.params)(*inputs)]
         else:
