@@ -108,7 +108,9 @@ def test_missing_and_damaged_data(capsys, tmp_path, monkeypatch):
     assert "--download" in fails(capsys, *words)
     assert not (tmp_path / "run").exists()  # nothing to clean up before the next try
     (tmp_path / "omniglot.npz").write_bytes(b"PK\x03\x04 this is not an archive")
-    line = fails(capsys, "train", "maml-omniglot", "--folder", tmp_path / "b", "--data", tmp_path / "omniglot.npz")
+    line = fails(
+        capsys, "train", "maml-omniglot", "--folder", tmp_path / "b", "--data", tmp_path / "omniglot.npz"
+    )
     assert "omniglot.npz" in line
 
 

@@ -52,9 +52,10 @@ OPTIMIZERS = {
 
 
 def inner_loss(params, meta, batch, key):
-    """Reads "live" only; "dead" gets a gradient of exactly zero at every step."""
-    w = params["live"]
-    return jnp.mean(jnp.cosh(w @ jnp.array([[0.4, -0.3], [0.2, 0.9]]) - 0.3)) * meta["scale"]
+    """ "dead" is read through a unit that is off: its gradient is exactly zero at every step."""
+    w = params["live"] @ jnp.array([[0.4, -0.3], [0.2, 0.9]])
+    off = jax.nn.relu(params["dead"] - 9.0)
+    return (jnp.mean(jnp.cosh(w - 0.3)) + jnp.sum(off**2)) * meta["scale"]
 
 
 PROBLEM = bl.Problem(
@@ -110,19 +111,30 @@ def test_steps_are_those_of_optax_to_the_bit(name):
         params = optax.apply_updates(params, updates)
 
 
-def test_steps_run_eagerly_are_those_of_optax_to_the_bit():
+def test_steps_run_eagerly_are_those_of_optax():
+    """To rounding: eagerly, optax runs some of its parts compiled, which fuses operations."""
     for optimizer in (optax.adam(0.05), clipped(0.5), optax.rmsprop(0.05, centered=True)):
         params = start(0.5)["init"]
         state = optimizer.init(params)
         grads = jax.tree.map(jnp.cos, params)
         got = differentiable(optimizer.update)(grads, state, params)
-        jax.tree.map(np.testing.assert_array_equal, got, optimizer.update(grads, state, params))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7),
+            got,
+            optimizer.update(grads, state, params),
+        )
 
 
-def plain_hypergradient(optimizer, meta):
-    """What a user writes by hand, without `differentiable`."""
+@pytest.mark.parametrize("name", ["adam", "clip_by_global_norm"])
+def test_the_fault_is_real(name):
+    """Plain optax gives NaN on these very problems; were it not so, the tests here would say nothing."""
+    optimizer, meta = OPTIMIZERS[name], start(0.5)
+    if name == "clip_by_global_norm":  # every gradient zero: the norm is a root at zero
+        meta["scale"] = jnp.array(0.0)
 
-    def value(meta):
+    @jax.jit
+    @jax.grad
+    def plain(meta):
         params, state = meta["init"], optimizer.init(meta["init"])
         for _ in range(2):
             grads = jax.grad(inner_loss)(params, meta, None, None)
@@ -130,42 +142,12 @@ def plain_hypergradient(optimizer, meta):
             params = optax.apply_updates(params, updates)
         return PROBLEM.outer_loss(params, meta, None, None)
 
-    return jax.grad(value)(meta)
-
-
-def test_the_fault_is_real():
-    """Plain optax gives NaN on this very problem; were it not so, the tests above would say nothing."""
-
-    def dead_through_relu(params, meta, batch, key):
-        return inner_loss(params, meta, batch, key) + jnp.sum(jax.nn.relu(params["dead"] - 9.0))
-
-    optimizer = optax.adam(0.05)
-
-    def value(meta):
-        params, state = meta["init"], optimizer.init(meta["init"])
-        for _ in range(2):
-            grads = jax.grad(dead_through_relu)(params, meta, None, None)
-            updates, state = optimizer.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        return PROBLEM.outer_loss(params, meta, None, None)
-
-    grad = jax.grad(value)(start(0.5))
-    assert np.all(np.isnan(grad["init"]["dead"])) and np.all(np.isfinite(grad["init"]["live"]))
-    problem = bl.Problem(PROBLEM.init, dead_through_relu, PROBLEM.outer_loss)
+    assert np.isnan(plain(meta)["scale"])
     for estimator in (Unroll(), Mixed()):
-        solver = bl.inner.Gradient(optimizer, 2)
-        h = bl.hypergradient(problem, solver, estimator, start(0.5), NO_TASK, KEY)
-        # The update of a dead leaf is zero, so its hypergradient is that of the outer loss: 0.5.
+        h = hypergradient(optimizer, meta, estimator)
+        assert h.stats["finite"] == 1
+        # The update of a dead leaf is zero, so its hypergradient is that of the outer loss.
         assert_close("dead", h.grad["init"]["dead"], np.full((2, 2), 0.5), 1e-6)
-        assert_close("live", h.grad["init"]["live"], grad["init"]["live"], 1e-5)
-
-
-def test_the_fault_is_real_for_clipping():
-    """All gradients zero: the global norm is a root at zero."""
-    optimizer, meta = clipped(0.5), {**start(0.5), "scale": jnp.array(0.0)}
-    assert np.all(np.isnan(plain_hypergradient(optimizer, meta)["scale"]))
-    h = hypergradient(optimizer, meta)
-    assert h.stats["finite"] == 1
 
 
 # The transformation itself
@@ -230,31 +212,36 @@ def test_a_rule_written_by_hand_is_left_alone():
 
 
 def test_second_derivatives_are_finite_and_right(x64):
-    def update_norm(x):
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
+
+    def moved(x):
         grads = {"a": x[:2] ** 3, "b": jnp.zeros(2) * x[2]}
-        optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
-        state = optimizer.init(grads)
-        for _ in range(2):
-            updates, state = optimizer.update(grads, state, grads)
+        updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
         return jnp.sum(jnp.sin(updates["a"])) + jnp.sum(updates["b"])
 
-    safe = differentiable(update_norm)
+    safe = differentiable(moved)
+    hessian = jax.jit(jax.hessian(safe))
     for x in (jnp.array([0.5, -0.8, 0.3]), jnp.array([0.5, 0.0, 0.0]), jnp.zeros(3)):
-        assert np.all(np.isfinite(jax.jit(jax.hessian(safe))(x)))
-    x = jnp.array([0.5, -0.8, 0.3])
-    direction = jnp.array([0.2, 1.0, -0.5])
-    product = jax.jit(jax.hessian(safe))(x) @ direction
-    assert_derivative(lambda x: jax.grad(safe)(x) @ direction, product, x, tolerance=1e-5)
+        assert np.all(np.isfinite(hessian(x)))
+    x, direction = jnp.array([0.5, -0.8, 0.3]), jnp.array([0.2, 1.0, -0.5])
+    assert_derivative(
+        lambda x: jax.grad(safe)(x) @ direction, hessian(x) @ direction, x, tolerance=1e-5
+    )
 
 
-def test_hessian_of_the_outer_problem_is_finite():
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.grad])
+@pytest.mark.parametrize("adjoint", [Unroll(), Mixed()])
+def test_a_level_above_a_dead_leaf(x64, adjoint, outer):
+    """The derivative of a hypergradient passes the loop twice."""
+    solver = bl.inner.Gradient(optax.adam(0.05), 2)
+
     def value(scale):
-        params = Mixed().solve(
-            PROBLEM, bl.inner.Gradient(optax.adam(0.05), 2), {**start(0.0), "scale": scale}, NO_TASK, KEY
-        )
+        params = adjoint.solve(PROBLEM, solver, {**start(0.0), "scale": scale}, NO_TASK, KEY)
         return PROBLEM.outer_loss(params, None, None, None)
 
-    assert np.isfinite(jax.jit(jax.jacfwd(jax.grad(value)))(1.7))
+    slope = jax.jit(jax.grad(value))
+    got = jax.jit(outer(jax.grad(value)))(1.7)
+    assert_derivative(slope, got, 1.7, tolerance=1e-5)
 
 
 def test_partial_derivatives_at_singular_points():

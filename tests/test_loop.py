@@ -55,9 +55,7 @@ def final_state(folder, recipe):
 
 def test_chunks_do_not_change_the_result():
     *learner, state = parts()
-    ends = [
-        bl.train(*learner, state, 10, options=bl.Options(chunk_size=size)) for size in (1, 3, 10, 64)
-    ]
+    ends = [bl.train(*learner, state, 10, options=bl.Options(chunk_size=size)) for size in (1, 3, 10, 64)]
     for end in ends[1:]:
         assert_bit_equal(ends[0], end)
 
@@ -89,9 +87,7 @@ def test_learning_happens():
 
 def test_task_chunks_agree():
     *learner, state = parts()
-    one, all_ = (
-        bl.train(*learner, state, 5, options=bl.Options(task_chunk=size)).meta for size in (1, 4)
-    )
+    one, all_ = (bl.train(*learner, state, 5, options=bl.Options(task_chunk=size)).meta for size in (1, 4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, all_)
 
 
@@ -102,7 +98,7 @@ def test_a_run_killed_ten_times_ends_bit_identical(tmp_path):
     folder, chance = tmp_path / "killed", random.Random(0)
     command = [sys.executable, "-m", "bilevel", "train", RECIPE, "--folder", str(folder), "--pause", "0.01"]
     kills, resume = 0, []
-    for attempt in range(40):
+    for _ in range(40):
         process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL)
         # A kill before the first checkpoint repeats the start; waiting for the folder makes progress sure.
         _wait_for(folder / "config.json", process)

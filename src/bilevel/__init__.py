@@ -45,7 +45,6 @@ __all__ = [
     "mean_hypergradient",
     "meta_step",
     "nets",
-    "problem",
     "tasks",
     "train",
 ]

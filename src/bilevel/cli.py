@@ -55,8 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _EXPECTED as error:
         if show_traceback:
             traceback.print_exc()
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        return _fail(" ".join(str(text).split()) or type(error).__name__)
+        return _fail(_in_words(error))
+
+
+def _in_words(error: BaseException) -> str:
+    """An exception's message, without what only Python's own types put around it."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _fail(message: str, status: int = 2) -> int:

@@ -119,7 +119,8 @@ class IterativeSolver(InnerSolver, Protocol):
     respect to its first argument; estimators swap it to choose how that gradient is differentiated.
     """
 
-    num_steps: int
+    @property
+    def num_steps(self) -> int: ...
 
     def init(self, problem: Problem, meta: Meta, task: Task, key: Key) -> InnerState: ...
 

@@ -86,14 +86,15 @@ def gradient_stats(value: Scalar, grad: Meta) -> dict[str, Scalar]:
     }
 
 
-def require_iterative(estimator: object, solver: InnerSolver) -> None:
-    """Refuse a solver that cannot be run step by step."""
+def require_iterative(estimator: object, solver: InnerSolver) -> IterativeSolver:
+    """The solver, if it can be run step by step; refused otherwise."""
     if not isinstance(solver, IterativeSolver):
         raise TypeError(
             f"{type(estimator).__name__} differentiates through the steps of the inner solver, and "
             f"{type(solver).__name__} has no steps (num_steps, init, step); "
             "use bl.inner.Gradient(optimizer, num_steps)"
         )
+    return solver
 
 
 def require_checkpoint(estimator: object, checkpoint: int | None) -> None:

@@ -57,8 +57,7 @@ class MultiStep:
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
         """Needs a solver with at least one step."""
-        require_iterative(self, solver)
-        if solver.num_steps < 1:
+        if require_iterative(self, solver).num_steps < 1:
             raise ValueError("MultiStep needs an inner solver with num_steps of at least 1, got 0")
 
     def init(self, problem, solver, meta, task, key) -> jax.Array:

@@ -12,7 +12,7 @@ from bilevel.hypergrad.common import (
 )
 from bilevel.inner import unroll
 from bilevel.linalg import reverse_gradient
-from bilevel.problem import Hypergradient, InnerSolver, Key, Meta, Params, Problem, Task
+from bilevel.problem import Hypergradient, InnerSolver, IterativeSolver, Key, Meta, Params, Problem, Task
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Unroll:
         """Stateless."""
         return ()
 
-    def solve(self, problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key) -> Params:
+    def solve(self, problem: Problem, solver: IterativeSolver, meta: Meta, task: Task, key: Key) -> Params:
         """The inner solution, differentiable in `meta` by this estimator: the way to nest levels."""
         return unroll(problem, solver, meta, task, key, gradient=self.gradient, checkpoint=self.checkpoint)[
             0

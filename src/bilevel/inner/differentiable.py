@@ -15,8 +15,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from jax.extend.core import primitives as p
+from jax.interpreters import ad, batching, mlir
 
 # Elementwise operations with a singular derivative. They are all an optimizer can trip on: norms,
 # moments, bias corrections and trust ratios are sums and products of these.
@@ -40,7 +41,7 @@ def differentiable(function: Callable) -> Callable:
         function: any traceable function of pytrees, for instance the `update` of an optax optimizer.
 
     Returns:
-        A function with the same values, bit for bit.
+        A function with the same values, bit for bit where both are compiled.
 
     Cost: none in value; two comparisons and selects per singular operation in the derivative.
 
@@ -85,7 +86,7 @@ def _evaluate(closed: ClosedJaxpr, *args):
             options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
             out = jax.checkpoint(partial(_evaluate, body), **options)(*inputs)
         elif eqn.primitive in _GUARDED and _is_float(eqn.outvars[0].aval):
-            out = [_with_finite_derivative(eqn.primitive, eqn.params)(*inputs)]
+            out = [_safe_p.bind(*inputs, primitive=eqn.primitive, **eqn.params)]
         else:
             params = eqn.params
             if eqn.primitive not in _OWN_RULE:
@@ -106,21 +107,38 @@ def _rewrite(param):
     return param
 
 
-def _with_finite_derivative(primitive, params):
-    def raw(*xs):
-        return primitive.bind(*xs, **params)
+# One elementwise operation with the safe derivative. It is a primitive because the rule of a `custom_jvp`
+# is dropped when a loop is differentiated, and then the second derivative would be poisoned after all.
+_safe_p = Primitive("finite_derivative")
 
-    function = jax.custom_jvp(raw)
 
-    @function.defjvp
-    def _(xs, tangents):
-        total = jnp.zeros_like(raw(*xs))
-        for i, tangent in enumerate(tangents):
-            if _is_float(xs[i]):
-                total = total + _partial(raw, xs, i) * tangent
-        return function(*xs), total
+def _apply(*xs, primitive, **params):
+    return primitive.bind(*xs, **params)
 
-    return function
+
+def _jvp(xs, tangents, **params):
+    moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero and _is_float(xs[i])]
+    out = _safe_p.bind(*xs, **params)
+    total = jnp.zeros_like(out)
+    for i in moving:
+        total = total + _partial(partial(_apply, **params), xs, i) * tangents[i]
+    return out, total
+
+
+def _batch(xs, dims, **params):
+    size = next(x.shape[d] for x, d in zip(xs, dims, strict=True) if d is not None)
+    xs = [
+        jnp.broadcast_to(x, (size, *jnp.shape(x))) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(xs, dims, strict=True)
+    ]
+    return _safe_p.bind(*xs, **params), 0
+
+
+_safe_p.def_impl(_apply)
+_safe_p.def_abstract_eval(lambda *avals, primitive, **params: primitive.abstract_eval(*avals, **params)[0])
+ad.primitive_jvps[_safe_p] = _jvp
+batching.primitive_batchers[_safe_p] = _batch
+mlir.register_lowering(_safe_p, mlir.lower_fun(_apply, multiple_results=False))
 
 
 def _partial(raw, xs, i):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ import optax
 from bilevel.inner.differentiable import differentiable
 from bilevel.linalg import reverse_gradient
 from bilevel.problem import InnerState, IterativeSolver, Key, Meta, Params, Problem, Scalar, Solution, Task
+
+
+_WRITTEN_OUT = 5  # inner steps; each of them is compiled apart, so not many
 
 
 class GradientState(NamedTuple):
@@ -117,8 +120,8 @@ def unroll(
     *,
     gradient: Callable = reverse_gradient,
     checkpoint: int | None = None,
-    each: Callable[[Params], Scalar] | None = None,
-) -> tuple[InnerState, jax.Array]:
+    each: Callable[[Params], Any] | None = None,
+) -> tuple[InnerState, Any]:
     """Run every step of an iterative solver: the last state, and the inner losses `[num_steps]`.
 
     Args:
@@ -138,7 +141,8 @@ def unroll(
         if num_steps == 1:
             state, out = body(state, None)
             return state, out[None]
-        return jax.lax.scan(body, state, length=num_steps)
+        # A short loop is written out: the compiler then works across its steps.
+        return jax.lax.scan(body, state, length=num_steps, unroll=num_steps <= _WRITTEN_OUT)
 
     if checkpoint is None or solver.num_steps == 0:
         return run(state, solver.num_steps)

@@ -61,8 +61,8 @@ class PerLayerPerStep:
 def _descent(rates_at: Callable) -> optax.GradientTransformation:
     """Gradient descent with a tree of rates that may depend on the step."""
 
-    def update(grads, step, params=None):
-        return jax.tree.map(lambda rate, g: -rate * g, rates_at(step), grads), step + 1
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda rate, g: -rate * g, rates_at(state), updates), state + 1
 
     return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 

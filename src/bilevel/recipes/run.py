@@ -54,8 +54,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-        config["recipe"], config["fields"]
-    except (ValueError, KeyError, TypeError) as error:
+        if missing := {"recipe", "fields"} - set(config):
+            raise ValueError(f"no {min(missing)}")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); train again in another --folder") from error
     return config
 
@@ -193,7 +194,7 @@ def _save_examples(folder: Path, experiment: Experiment, meta: Meta, steps: int,
         name: np.stack([np.asarray(row[name]) for row in rows], axis=int(name == "steps"))
         for name in rows[0]
     }
-    np.savez_compressed(folder / "examples.npz", **stacked)
+    np.savez_compressed(folder / "examples.npz", allow_pickle=False, **stacked)
 
 
 def _classified(experiment: Experiment, meta: Meta, steps: int, key) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MANIFEST = "manifest.json"
+UNFINISHED = f"{MANIFEST}.unfinished"
 REMEDY = "use the same flags as in config.json, or another --folder"
 
 
@@ -80,8 +81,10 @@ class Checkpoints:
                     writer.save((folder / state_name).absolute(), arrays)
             _commit(folder, {**manifest, "files": _checksums(folder, state_name)})
         except Exception as error:
-            shutil.rmtree(folder / state_name, ignore_errors=True)
+            for unfinished in folder.glob(f"{state_name}*"):  # orbax adds a suffix until it is done
+                shutil.rmtree(unfinished, ignore_errors=True)
             with contextlib.suppress(OSError):
+                (folder / UNFINISHED).unlink(missing_ok=True)
                 folder.rmdir()  # refused, as it should be, where an earlier save left something
             number = _os_error(error)
             if number is None:
@@ -163,7 +166,8 @@ class Checkpoints:
         complete = [step for step in others if not _damage(self._path(step), read=False)]
         for step in set(others) - set(complete[: self.keep - 1]):
             # Without its manifest first: killed half-way, what remains is incomplete by definition.
-            (self._path(step) / MANIFEST).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self._path(step) / MANIFEST).unlink()
             shutil.rmtree(self._path(step), ignore_errors=True)
         for entry in self._path(saved).iterdir():  # what an earlier save of this step left
             if entry.name not in (MANIFEST, state_name):
@@ -294,9 +298,8 @@ def _size_and_crc(path: Path) -> tuple[int, int]:
 
 
 def _commit(folder: Path, manifest: dict[str, Any]) -> None:
-    temporary = folder / f"{MANIFEST}.unfinished"
-    temporary.write_text(json.dumps(manifest), encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    (folder / UNFINISHED).write_text(json.dumps(manifest), encoding="utf-8")
+    os.replace(folder / UNFINISHED, folder / MANIFEST)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

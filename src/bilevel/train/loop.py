@@ -18,7 +18,7 @@ from bilevel.problem import Key, Learner, Task
 from bilevel.train.arrays import split_arrays
 from bilevel.train.checkpoint import Checkpoints
 from bilevel.train.display import progress
-from bilevel.train.metrics import MetricsWriter
+from bilevel.train.metrics import MetricsWriter, read_metrics
 from bilevel.train.step import MetaState, Metrics, meta_step
 
 OnChunk = Callable[[MetaState, dict[str, float]], None]
@@ -121,7 +121,7 @@ def train(
         stop_asked = stack.enter_context(_signals())
         chunk = _compile(learner, optimizer, sample_tasks, options)
         saved = int(state.step)
-        begin = time.perf_counter()
+        begin = time.perf_counter() - (_seconds_before(run) if run else 0.0)
         while int(state.step) < num_meta_steps and not stop_asked():
             started, first = time.perf_counter(), int(state.step)
             state, log, finite = chunk(state, min(options.chunk_size, num_meta_steps - first))
@@ -187,6 +187,12 @@ def _compile(learner, optimizer, sample_tasks, options):
     return lambda state, num_steps: compiled(arrays, state, num_steps)
 
 
+def _seconds_before(run: Run) -> float:
+    """The training time that a resumed run has behind it."""
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    return rows[-1]["time"] if rows else 0.0
+
+
 def _summary(log: Metrics, count: int) -> dict[str, float]:
     """Means over the steps of a chunk, with the 95% half-width of losses and accuracies."""
     out = {}
@@ -217,7 +223,7 @@ def _complain_not_finite(state: MetaState, log: Metrics, count: int) -> str:
 
 def _complain_zero(state: MetaState, log: Metrics, count: int, options: Options) -> str | None:
     """Which leaf got nothing at every one of the last `count` steps, if any did."""
-    nonzero = np.asarray(log.nonzero)[:count].any(0)
+    nonzero = np.any(np.asarray(log.nonzero)[:count], axis=0)
     if options.zero_leaves == "allow" or nonzero.all():
         return None
     bad = [n for n, ok in zip(_leaf_names(state), nonzero, strict=True) if not ok]

@@ -1,6 +1,6 @@
 """One outer step: the mean hypergradient over a batch of tasks, and an optax update of meta."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +63,13 @@ def init_state(
         if learner.init_meta is None:
             raise ValueError("this learner has no init_meta, so there is nothing to start from: pass meta=")
         meta = learner.init_meta(meta_key)
-    meta = jax.tree.map(jnp.asarray, meta)
+    start: Any = jax.tree.map(jnp.asarray, meta)
     tasks = sample_tasks(task_key)
     keys = jax.random.split(task_key, num_tasks(tasks))
     estimator_state = jax.vmap(
-        lambda task, key: learner.estimator.init(learner.problem, learner.solver, meta, task, key)
+        lambda task, key: learner.estimator.init(learner.problem, learner.solver, start, task, key)
     )(tasks, keys)
-    return MetaState(meta, optimizer.init(meta), estimator_state, run_key, jnp.int32(0))
+    return MetaState(start, optimizer.init(start), estimator_state, run_key, jnp.int32(0))
 
 
 def num_tasks(tasks: Task) -> int:
