@@ -36,7 +36,7 @@ def residual_mlp(width: int) -> bl.nets.Net:
 def measure(estimator: bl.hypergrad.Unroll | bl.hypergrad.Mixed, args) -> dict:
     """Megabytes of temporary buffers, seconds, and the gradient's norm."""
     net = residual_mlp(args.width)
-    learner = bl.maml(net, bl.learners.mean_squared_error, num_steps=STEPS, rates=0.1, estimator=estimator)
+    learner = bl.maml(net, bl.learners.mean_squared_error, num_steps=STEPS, rates=30.0, estimator=estimator)
     meta_key, x_key, y_key, key = jax.random.split(jax.random.key(0), 4)
     meta = learner.init_meta(meta_key)
     x = jax.random.normal(x_key, (2, args.examples, args.width))

@@ -70,7 +70,7 @@ def three_levels(adjoint):
 def test_three_levels(x64):
     meta = as_float64({"scale": 1.3, "log_rate": -0.5})
     expected = jax.jit(jax.grad(three_levels(Unroll())))(meta)
-    assert_derivative(three_levels(Unroll()), expected, meta)
+    assert_derivative(jax.jit(three_levels(Unroll())), expected, meta)
     assert np.all(np.array(jax.tree.leaves(expected)))
     got = jax.jit(jax.grad(three_levels(Mixed())))(meta)
     assert_trees_close("grad", got, expected, 1e-10)
@@ -85,7 +85,7 @@ def test_forward_mode_equals_reverse(x64, adjoint, name):
     grad = jax.jit(jax.grad(value))(meta)
     forward = jax.jit(jax.jacfwd(value))(meta)
     assert_trees_close("grad", forward, grad, 1e-10)
-    assert_derivative(objective(Unroll(), SOLVERS[name]), grad, meta)
+    assert_derivative(jax.jit(objective(Unroll(), SOLVERS[name])), grad, meta)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,7 @@ def test_hessian_vector_product(x64, mode, name):
             return jax.jvp(value, (meta,), (vector,))[1]
 
         def paired(meta):
-            return sum(
-                jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (jax.grad(value)(meta), vector)))
-            )
+            return sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (jax.grad(value)(meta), vector))))
 
         return {
             "forward over reverse": lambda m: jax.jvp(jax.grad(value), (m,), (vector,))[1],
@@ -124,7 +122,7 @@ def test_hessian_vector_product(x64, mode, name):
     def slope(meta):
         return jax.jvp(objective(Unroll(), SOLVERS[name]), (meta,), (vector,))[1]
 
-    assert_derivative(slope, expected, meta)
+    assert_derivative(jax.jit(slope), expected, meta)
 
 
 @pytest.mark.parametrize("adjoint", [Mixed(), Mixed(checkpoint=2), Unroll()])
@@ -142,7 +140,7 @@ def test_closure_over_a_variable_of_an_outer_level(x64, adjoint):
 
     temperature = jnp.float64(0.3)
     grad = jax.jit(jax.grad(value))(temperature)
-    assert_derivative(value, grad, temperature)
+    assert_derivative(jax.jit(value), grad, temperature)
     # And for a batch of them, in both modes.
     several = jnp.array([0.3, 0.5])
     batched = jax.jit(jax.vmap(jax.grad(value)))(several)
@@ -160,7 +158,7 @@ def test_gradient_with_respect_to_the_data(x64, adjoint):
         return outer_loss(params, META, TASK.query, KEY)
 
     x = jnp.asarray(X[:3])
-    assert_derivative(value, jax.jit(jax.grad(value))(x), x)
+    assert_derivative(jax.jit(value), jax.jit(jax.grad(value))(x), x)
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
@@ -180,7 +178,7 @@ def test_randomness_in_the_inner_loss(x64, adjoint):
 
     meta = as_float64(META)
     grad = jax.jit(jax.grad(value))(meta)
-    assert_derivative(value, grad, meta)
+    assert_derivative(jax.jit(value), grad, meta)
 
 
 @pytest.mark.parametrize("adjoint", [Mixed(), Unroll()])
@@ -208,4 +206,4 @@ def test_loops_branches_and_products_in_the_inner_loss(x64, adjoint):
         return outer_loss(params, meta, TASK.query, KEY)
 
     meta = as_float64(META)
-    assert_derivative(value, jax.jit(jax.grad(value))(meta), meta)
+    assert_derivative(jax.jit(value), jax.jit(jax.grad(value))(meta), meta)

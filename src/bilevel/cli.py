@@ -223,9 +223,10 @@ def summary(result: dict[str, Any]) -> str:
     last = len(curves[name]["mean"]) - 1
     for step in sorted({0, 1, min(5, last), last}):
         if step <= last:
-            rows.append(
-                (f"meta-learned, {step} adaptation step{'s' * (step != 1)}", cell(curves[name], step))
-            )
+            plural = "s" * (step != 1)
+            rows.append((f"meta-learned, {step} adaptation step{plural}", cell(curves[name], step)))
+    for condition, other in result["other_tests"].items():
+        rows.append((f"the same, {condition}", cell(other[name], -1)))
     width = max(len(label) for label, _ in rows)
     label = name.replace("_", " ").replace("query", "test")
     head = f"{label}, mean ± 95% over {result['num_tasks']} tasks\n{result['protocol']}\n"

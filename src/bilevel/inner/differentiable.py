@@ -86,7 +86,7 @@ def _evaluate(closed: ClosedJaxpr, *args):
             options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
             out = jax.checkpoint(partial(_evaluate, body), **options)(*inputs)
         elif eqn.primitive in _GUARDED and _is_float(eqn.outvars[0].aval):
-            out = [_safe_p.bind(*inputs, primitive=eqn.primitive, **eqn.params)]
+            out = [_safe_p.bind(*inputs, operation=eqn.primitive, **eqn.params)]
         else:
             params = eqn.params
             if eqn.primitive not in _OWN_RULE:
@@ -112,8 +112,8 @@ def _rewrite(param):
 _safe_p = Primitive("finite_derivative")
 
 
-def _apply(*xs, primitive, **params):
-    return primitive.bind(*xs, **params)
+def _apply(*xs, operation, **params):
+    return operation.bind(*xs, **params)
 
 
 def _jvp(xs, tangents, **params):
@@ -126,16 +126,19 @@ def _jvp(xs, tangents, **params):
 
 
 def _batch(xs, dims, **params):
-    size = next(x.shape[d] for x, d in zip(xs, dims, strict=True) if d is not None)
-    xs = [
-        jnp.broadcast_to(x, (size, *jnp.shape(x))) if d is None else jnp.moveaxis(x, d, 0)
-        for x, d in zip(xs, dims, strict=True)
-    ]
+    shape = next(jnp.moveaxis(x, d, 0).shape for x, d in zip(xs, dims, strict=True) if d is not None)
+
+    def whole(x, d):
+        if d is not None:
+            return jnp.moveaxis(x, d, 0)
+        return jnp.broadcast_to(x, shape) if jnp.ndim(x) else x  # a literal stays a scalar
+
+    xs = [whole(x, d) for x, d in zip(xs, dims, strict=True)]
     return _safe_p.bind(*xs, **params), 0
 
 
 _safe_p.def_impl(_apply)
-_safe_p.def_abstract_eval(lambda *avals, primitive, **params: primitive.abstract_eval(*avals, **params)[0])
+_safe_p.def_abstract_eval(lambda *avals, operation, **params: operation.abstract_eval(*avals, **params)[0])
 ad.primitive_jvps[_safe_p] = _jvp
 batching.primitive_batchers[_safe_p] = _batch
 mlir.register_lowering(_safe_p, mlir.lower_fun(_apply, multiple_results=False))

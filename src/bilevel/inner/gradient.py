@@ -12,7 +12,6 @@ from bilevel.inner.differentiable import differentiable
 from bilevel.linalg import reverse_gradient
 from bilevel.problem import InnerState, IterativeSolver, Key, Meta, Params, Problem, Scalar, Solution, Task
 
-
 _WRITTEN_OUT = 5  # inner steps; each of them is compiled apart, so not many
 
 

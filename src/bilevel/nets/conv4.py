@@ -32,7 +32,8 @@ def conv4(
         filters: width of each block.
         image_shape: height, width and channels of the images.
         compute_dtype: "float32", or "bfloat16" to multiply in bfloat16 and add in float32: faster where
-            the processor has such units, at the cost of about three decimal digits in each product.
+            the processor has such units. Each product then keeps two to three decimal digits, and a
+            hypergradient may be off by a tenth of its norm (`make bench` prints by how much).
 
     Returns:
         A `Net`: `x [n, height, width, channels] -> logits [n, ways]`. Its parameters are

@@ -21,6 +21,7 @@ class Experiment:
         protocol: in words, what the figures are measured on.
         eval_steps: inner steps at evaluation.
         eval_tasks: test tasks.
+        other_tests: the same with something changed, named in words, to show what depends on it.
         scratch: a learner that starts from a random model for every task: the baseline without
             meta-learning. Its meta is empty.
         chance: what guessing reaches, by name of the figure.
@@ -34,6 +35,7 @@ class Experiment:
     protocol: str
     eval_steps: int
     eval_tasks: int = 1000
+    other_tests: dict[str, Callable[[Key], Task]] = field(default_factory=dict)
     scratch: Learner | None = None
     chance: dict[str, float] = field(default_factory=dict)
     pictures: Literal["classification", "regression", "none"] = "none"

@@ -141,6 +141,12 @@ def evaluate_run(
         # The baseline takes many steps a task; fewer tasks give it an interval that is narrow enough.
         few = min(count, 200)
         scratch = bl.evaluate(experiment.scratch, {}, sample, key, num_tasks=few).as_json()
+    others = {
+        name: bl.evaluate(
+            experiment.learner, state.meta, other, key, num_tasks=count, num_steps=steps
+        ).as_json()["curves"]
+        for name, other in experiment.other_tests.items()
+    }
     result |= {
         "seconds": round(time.perf_counter() - begin, 2),
         "meta_step": step,
@@ -148,6 +154,7 @@ def evaluate_run(
         "split": "test",
         "chance": experiment.chance,
         "protocol": experiment.protocol,
+        "other_tests": others,
         "scratch": None if scratch is None else scratch["curves"],
         "scratch_num_tasks": None if scratch is None else scratch["num_tasks"],
     }

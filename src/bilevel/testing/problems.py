@@ -164,7 +164,7 @@ def dead_relu(num_steps: int, *, optimizer: str = "adam", seed: int = 0) -> Case
         ValueError: for another optimizer.
 
     >>> sorted(dead_relu(num_steps=1, optimizer="sgd").meta["init"])
-    ['head', 'hidden', 'offset', 'unused']
+    ['head', 'hidden', 'unused']
     """
     optimizers = {
         "sgd": optax.sgd(0.05),
@@ -175,12 +175,12 @@ def dead_relu(num_steps: int, *, optimizer: str = "adam", seed: int = 0) -> Case
     if optimizer not in optimizers:
         raise ValueError(f"optimizer must be one of {sorted(optimizers)}, got {optimizer!r}")
     rng = np.random.default_rng(seed)
-    x, targets = rng.uniform(-1, 1, size=(2, 6, 2)), rng.normal(size=(2, 6))
-    offset = rng.normal(size=4)
-    offset[2] = -20.0  # this unit stays off however far the others move
+    x, targets = rng.uniform(-1, 1, size=(2, 6, 3)), rng.normal(size=(2, 6))
+    x[..., -1] = 1.0
+    hidden = rng.normal(size=(3, 4))
+    hidden[-1, 2] = -20.0  # this unit stays off however far the others move
     init = {
-        "hidden": rng.normal(size=(2, 4)),
-        "offset": offset,
+        "hidden": hidden,
         "head": rng.normal(size=4),
         "unused": rng.normal(size=3),
     }
@@ -191,7 +191,7 @@ def dead_relu(num_steps: int, *, optimizer: str = "adam", seed: int = 0) -> Case
 
     def mean_error(params, batch):
         x, y = batch
-        hidden = jax.nn.relu(x @ params["hidden"] + params["offset"])
+        hidden = jax.nn.relu(x @ params["hidden"])
         return jnp.mean((hidden @ params["head"] - y) ** 2)
 
     problem = Problem(

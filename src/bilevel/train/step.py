@@ -32,7 +32,8 @@ class Metrics(NamedTuple):
     """What one outer step reports.
 
     Args:
-        scalars: means over the tasks: `outer_loss`, the estimator's stats, `grad_norm`.
+        scalars: means over the tasks of `outer_loss` and the estimator's stats; of the mean gradient,
+            `grad_norm`, `zero_leaves` and `finite`.
         nonzero: bool `[num meta leaves]`, whether a leaf of the hypergradient has any nonzero element.
         finite: bool `[num meta leaves + 1]`, whether each leaf, and last the outer loss, is finite.
     """
