@@ -72,7 +72,7 @@ def start(dead):
     return {"init": {"live": live, "dead": jnp.array(dead) * jnp.ones((2, 2))}, "scale": jnp.array(1.7)}
 
 
-def hypergradient(optimizer, meta, estimator=Mixed()):
+def hypergradient(optimizer, meta, estimator):
     solver = bl.inner.Gradient(optimizer, NUM_STEPS)
     return bl.hypergradient(PROBLEM, solver, estimator, meta, NO_TASK, KEY)
 
@@ -80,7 +80,7 @@ def hypergradient(optimizer, meta, estimator=Mixed()):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_hypergradient_with_a_dead_leaf(x64, name):
     """At 0 the dead leaf is the harder case: trust ratios and the like divide by its norm."""
-    run = jax.jit(lambda meta: hypergradient(OPTIMIZERS[name], meta))
+    run = jax.jit(lambda meta: hypergradient(OPTIMIZERS[name], meta, Mixed()))
     for dead in (0.5, 0.0):
         meta = start(dead)
         h = run(meta)
@@ -268,12 +268,12 @@ def test_partial_derivatives_at_singular_points():
 @pytest.mark.parametrize("optimizer", [optax.polyak_sgd(), optax.lbfgs()])
 def test_optimizers_that_need_more_than_the_gradient(optimizer):
     with pytest.raises(TypeError, match=r"cannot drive an inner loop.*needs more than the gradient"):
-        hypergradient(optimizer, start(0.5))
+        hypergradient(optimizer, start(0.5), Mixed())
 
 
 def test_what_is_no_optimizer():
     with pytest.raises(TypeError, match=r"optimizer\(meta\) must return an optax optimizer, got float"):
-        hypergradient(lambda meta: 0.1, start(0.5))
+        hypergradient(lambda meta: 0.1, start(0.5), Mixed())
     with pytest.raises(TypeError, match=r"must be an optax optimizer or a function of meta.*got float"):
         bl.inner.Gradient(0.1, 3)
 

@@ -64,16 +64,21 @@ def test_inner_steps_by_hand(x64, kind):
     learner = bl.maml(NET, mean_squared_error, num_steps=3, rates=kind(0.1))
     meta, task = learner.init_meta(KEY), regression_task()
     if kind is Fixed:
-        rates_at = lambda k: jax.tree.map(lambda leaf: 0.1, meta["init"])
         assert set(meta) == {"init"}
     else:  # rates that differ everywhere
         meta["rates"] = jax.tree.map(
             lambda leaf: leaf * (1 + jnp.arange(leaf.size).reshape(leaf.shape) / 7), meta["rates"]
         )
-        rates_at = lambda k: meta["rates"]
     if kind is PerLayerPerStep:
         assert {leaf.shape for leaf in jax.tree.leaves(meta["rates"])} == {(3,)}
-        rates_at = lambda k: jax.tree.map(lambda leaf: leaf[min(k, 2)], meta["rates"])
+
+    def rates_at(k):
+        if kind is Fixed:
+            return jax.tree.map(lambda leaf: 0.1, meta["init"])
+        if kind is PerParameter:
+            return meta["rates"]
+        return jax.tree.map(lambda leaf: leaf[min(k, 2)], meta["rates"])
+
     for num_steps in (3, 5):  # beyond those learned, the last rate goes on
         solver = bl.inner.Gradient(learner.solver.optimizer, num_steps)
         params = solver.solve(learner.problem, meta, task, KEY).params

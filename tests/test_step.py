@@ -156,7 +156,7 @@ def test_metrics_show_what_is_zero_and_what_is_not_finite():
 
 def test_a_start_is_needed():
     learner = replace(LEARNER, init_meta=None)
-    with pytest.raises(ValueError, match="no init_meta.*pass meta="):
+    with pytest.raises(ValueError, match=r"no init_meta.*pass meta="):
         bl.init_state(learner, optax.sgd(0.1), SAMPLE, KEY)
     meta = LEARNER.init_meta(KEY)
     state = bl.init_state(learner, optax.sgd(0.1), SAMPLE, KEY, meta)

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import bilevel as bl
-from bilevel.problem import Learner, Meta, Task
+from bilevel.problem import Key, Meta
 from bilevel.recipes.config import find_recipe, first_difference, from_fields, to_fields
 from bilevel.recipes.experiment import Experiment
 from bilevel.train.checkpoint import Checkpoints
+from bilevel.train.evaluate import along_adaptation, with_num_steps
 
 _PICTURED_TASKS = 4
 
@@ -189,52 +191,27 @@ def _write(path: Path, text: str) -> None:
     os.replace(draft, path)
 
 
-def _save_examples(folder: Path, experiment: Experiment, meta: Meta, steps: int, key) -> None:
-    """A few test tasks with the model's answers before and after adaptation, for the report."""
-    if experiment.pictures == "none" or experiment.learner.predict is None:
+def _save_examples(folder: Path, experiment: Experiment, meta: Meta, steps: int, key: Key) -> None:
+    """A few test tasks with the model's answers along adaptation, for the report."""
+    learner = with_num_steps(experiment.learner, steps)
+    if experiment.pictures == "none" or learner.predict is None:
         return
     keys = jax.random.split(jax.random.fold_in(key, 1), _PICTURED_TASKS)
-    pictures = {"classification": _classified, "regression": _fitted}[experiment.pictures]
-    rows = [pictures(experiment, meta, steps, key) for key in keys]
-    stacked = {
-        # The fits lead with the adaptation step, everything else with the task.
-        name: np.stack([np.asarray(row[name]) for row in rows], axis=int(name == "steps"))
-        for name in rows[0]
-    }
-    np.savez_compressed(folder / "examples.npz", allow_pickle=False, **stacked)
+    tasks = jax.vmap(experiment.sample_test)(keys)
+    (support_x, support_y), (x, y) = tasks
+    if experiment.pictures == "regression":  # in order, the query points trace the curve behind the task
+        order = jnp.argsort(x[..., 0], axis=1)
+        x, y = jnp.take_along_axis(x, order[..., None], 1), jnp.take_along_axis(y, order[..., None], 1)
 
+    def answers(meta, task, x, key):
+        return along_adaptation(learner, meta, task, key, lambda params: learner.predict(params, meta, x))
 
-def _classified(experiment: Experiment, meta: Meta, steps: int, key) -> dict[str, Any]:
-    task = experiment.sample_test(key)
-    answers = [
-        jax.nn.softmax(_answer(experiment.learner, meta, task, task.query[0], num, key)) for num in (0, steps)
-    ]
-    return {
-        "support_x": task.support[0],
-        "support_y": task.support[1],
-        "query_x": task.query[0],
-        "query_y": task.query[1],
-        "before": answers[0],
-        "after": answers[1],
-    }
-
-
-def _fitted(experiment: Experiment, meta: Meta, steps: int, key) -> dict[str, Any]:
-    task = experiment.sample_test(key)
-    # The query points, in order, trace the curve behind the task.
-    order = np.argsort(np.asarray(task.query[0])[:, 0])
-    grid, truth = task.query[0][order], task.query[1][order]
-    fits = [_answer(experiment.learner, meta, task, grid, num, key)[:, 0] for num in range(steps + 1)]
-    return {
-        "support_x": task.support[0],
-        "support_y": task.support[1],
-        "grid": grid[:, 0],
-        "truth": truth[:, 0],
-        "steps": np.stack(fits),
-    }
-
-
-def _answer(learner: Learner, meta: Meta, task: Task, x: jax.Array, num_steps: int, key):
-    assert learner.predict is not None
-    params = bl.adapt(learner, meta, task, key, num_steps=num_steps)
-    return learner.predict(params, meta, x)
+    found = jax.jit(jax.vmap(answers, (None, 0, 0, 0)))(meta, tasks, x, keys)  # [tasks, steps + 1, n, ...]
+    arrays = {"support_x": support_x, "support_y": support_y}
+    if experiment.pictures == "classification":
+        odds = jax.nn.softmax(found)
+        arrays |= {"query_x": x, "query_y": y, "before": odds[:, 0], "after": odds[:, -1]}
+    else:
+        arrays |= {"grid": x[..., 0], "truth": y[..., 0], "steps": found[..., 0].swapaxes(0, 1)}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    np.savez_compressed(folder / "examples.npz", allow_pickle=False, **arrays)

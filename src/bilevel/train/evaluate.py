@@ -131,19 +131,30 @@ def evaluate(
 
 
 def _curves(learner: Learner, meta: Meta, sample: Callable, key: Key) -> dict[str, jax.Array]:
-    """The figures of one task after each inner step: `[K+1]` each."""
-    problem, solver = learner.problem, learner.solver
+    """The figures of one task before and after each inner step: `[K+1]` each."""
     task_key, key = jax.random.split(key)
-    inner_key, outer_key = split_keys(key)
-    task = sample(task_key)
+    task, outer_key = sample(task_key), split_keys(key)[1]
 
     def figures(params):
-        loss = problem.outer_loss(params, meta, task.query, outer_key)
-        return {"query_loss": loss, **problem_metrics(problem, params, meta, task, outer_key)}
+        loss = learner.problem.outer_loss(params, meta, task.query, outer_key)
+        return {"query_loss": loss, **problem_metrics(learner.problem, params, meta, task, outer_key)}
 
+    return along_adaptation(learner, meta, task, key, figures)
+
+
+def along_adaptation(
+    learner: Learner, meta: Meta, task: Task, key: Key, read: Callable[[Params], Any]
+) -> Any:
+    """`read(params)` before and after each inner step, stacked: leaves `[K+1, ...]`.
+
+    A solver without steps gives the solution alone: `[1, ...]`.
+    """
+    problem, solver = learner.problem, learner.solver
+    inner_key, _ = split_keys(key)
     if not isinstance(solver, IterativeSolver):
-        params = solver.solve(problem, meta, task, inner_key).params
-        return jax.tree.map(lambda value: value[None], figures(params))
-    before = figures(problem.init(meta, jax.random.split(inner_key)[0]))
-    _, after = unroll(problem, solver, meta, task, inner_key, each=figures)
+        return jax.tree.map(
+            lambda leaf: leaf[None], read(solver.solve(problem, meta, task, inner_key).params)
+        )
+    before = read(problem.init(meta, jax.random.split(inner_key)[0]))  # the key that `unroll` starts from
+    _, after = unroll(problem, solver, meta, task, inner_key, each=read)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), before, after)
