@@ -92,9 +92,9 @@ def test_adam_equals_a_plain_loop(x64, num_steps):
     assert_derivative(lambda m: run(m).value, grad, meta)
 
 
-@pytest.mark.parametrize("row", ESTIMATORS)
+@pytest.mark.parametrize("row", ["unroll", "mixed", "mixed-checkpoint-3", "first-order", "multi-step"])
 def test_vmap_over_tasks_equals_one_by_one(x64, row):
-    case, estimator = case_of("quadratic-momentum-5"), ESTIMATORS[row].estimator
+    case, estimator = case_of("quadratic-momentum-20"), ESTIMATORS[row].estimator
     rng = np.random.default_rng(1)
     tasks = bl.Task(jnp.array(rng.normal(size=(3, 4))), jnp.array(rng.normal(size=(3, 4))))
     meta = jax.tree.map(jnp.asarray, case.meta)
@@ -112,7 +112,7 @@ def test_vmap_over_tasks_equals_one_by_one(x64, row):
             assert_trees_close("task", got.grad, expected.grad, 1e-12)
 
 
-@pytest.mark.parametrize("estimator", [Unroll(), Mixed(), Mixed(checkpoint=2), MultiStep()])
+@pytest.mark.parametrize("estimator", [Unroll(), Mixed(), MultiStep(adjoint=Mixed(checkpoint=3))])
 def test_nested_trees_of_several_dtypes(x64, estimator):
     """Tuples, None, lists, an empty dict, integers in the batch; one parameter in float32."""
 
