@@ -105,9 +105,7 @@ def test_data_are_an_input_of_the_program_and_not_a_constant_in_it():
     images = np.zeros((100, 28, 28), np.uint8)
     sample = batch(FewShot(images, np.arange(100) % 10, 5, 1, 1), 4)
     text = jax.jit(lambda sample, key: sample(key)).lower(sample, jax.random.key(0)).as_text()
-    assert (
-        "tensor<100x28x28x1xui8>" in text[text.index("@main") :].partition("->")[0]
-    )  # an argument
+    assert "tensor<100x28x28x1xui8>" in text[text.index("@main") :].partition("->")[0]  # an argument
     assert len(text) < 200_000
 
 
