@@ -194,7 +194,8 @@ def _write(path: Path, text: str) -> None:
 def _save_examples(folder: Path, experiment: Experiment, meta: Meta, steps: int, key: Key) -> None:
     """A few test tasks with the model's answers along adaptation, for the report."""
     learner = with_num_steps(experiment.learner, steps)
-    if experiment.pictures == "none" or learner.predict is None:
+    predict = learner.predict
+    if experiment.pictures == "none" or predict is None:
         return
     keys = jax.random.split(jax.random.fold_in(key, 1), _PICTURED_TASKS)
     tasks = jax.vmap(experiment.sample_test)(keys)
@@ -204,7 +205,7 @@ def _save_examples(folder: Path, experiment: Experiment, meta: Meta, steps: int,
         x, y = jnp.take_along_axis(x, order[..., None], 1), jnp.take_along_axis(y, order[..., None], 1)
 
     def answers(meta, task, x, key):
-        return along_adaptation(learner, meta, task, key, lambda params: learner.predict(params, meta, x))
+        return along_adaptation(learner, meta, task, key, lambda params: predict(params, meta, x))
 
     found = jax.jit(jax.vmap(answers, (None, 0, 0, 0)))(meta, tasks, x, keys)  # [tasks, steps + 1, n, ...]
     arrays = {"support_x": support_x, "support_y": support_y}
