@@ -11,7 +11,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
+from jax.core import eval_jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.extend.core.primitives import custom_vjp_call_p
 from jax.interpreters import ad, batching, mlir
 
@@ -83,9 +84,13 @@ def mixed_gradient(loss: Loss) -> Callable:
                 "the inner loss holds a jax.custom_vjp, whose rule need not be the derivative of a function, "
                 "as mixed mode assumes; use bl.hypergrad.Unroll() in place of Mixed()"
             )
+
         # What the loss closes over (an outer level's variable, say) becomes an operand like the rest.
-        jaxpr = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.invars, *closed.jaxpr.constvars])
-        flat = _FlatLoss(jaxpr_as_fun(closed.replace(jaxpr=jaxpr, consts=[])), params_tree.num_leaves)
+        def of_operands(*operands):
+            arguments, consts = operands[: len(leaves)], operands[len(leaves) :]
+            return eval_jaxpr(closed.jaxpr, consts, *arguments)
+
+        flat = _FlatLoss(of_operands, params_tree.num_leaves)
         value, *gradient = _gradient(flat, *leaves, *closed.consts)
         return jax.lax.stop_gradient(value), jax.tree.unflatten(params_tree, gradient)
 
@@ -93,9 +98,7 @@ def mixed_gradient(loss: Loss) -> Callable:
 
 
 def _has_custom_vjp(param) -> bool:
-    if isinstance(param, ClosedJaxpr):
-        return _has_custom_vjp(param.jaxpr)
-    if isinstance(param, Jaxpr):
+    if isinstance(param, ClosedJaxpr | Jaxpr):
         return any(
             eqn.primitive is custom_vjp_call_p or any(map(_has_custom_vjp, eqn.params.values()))
             for eqn in param.eqns

@@ -81,8 +81,9 @@ def _evaluate(closed: ClosedJaxpr, *args):
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive is p.jit_p:
             out = _evaluate(eqn.params["jaxpr"], *inputs)
-        elif eqn.primitive is p.remat_p:  # its body is no closed one, so it is made anew
-            body = ClosedJaxpr(eqn.params["jaxpr"], ())
+        elif eqn.primitive is p.remat_p:
+            body = eqn.params["jaxpr"]
+            body = body if hasattr(body, "consts") else ClosedJaxpr(body, ())  # closed since jax 0.12
             options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
             out = jax.checkpoint(partial(_evaluate, body), **options)(*inputs)
         elif eqn.primitive in _GUARDED and _is_float(eqn.outvars[0].aval):
