@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from bilevel.inner.checkpointing import Checkpointing
 from bilevel.problem import (
     Hypergradient,
     InnerSolver,
@@ -92,17 +93,20 @@ def require_iterative(estimator: object, solver: InnerSolver) -> IterativeSolver
         raise TypeError(
             f"{type(estimator).__name__} differentiates through the steps of the inner solver, and "
             f"{type(solver).__name__} has no steps (num_steps, init, step); "
-            "use bl.inner.Gradient(optimizer, num_steps)"
+            "use bl.inner.Gradient(optimizer, num_steps), or keep this solver and differentiate its solution "
+            "with bl.hypergrad.Implicit(bl.hypergrad.cg(10))"
         )
     return solver
 
 
-def require_checkpoint(estimator: object, checkpoint: int | None) -> None:
-    """Refuse a checkpoint interval that is no positive whole number."""
-    if checkpoint is not None and (
-        isinstance(checkpoint, bool) or not isinstance(checkpoint, int) or checkpoint < 1
-    ):
+def require_checkpoint(estimator: object, checkpoint: int | Checkpointing | None) -> None:
+    """Refuse what is neither a positive number of steps nor a checkpointing policy."""
+    if isinstance(checkpoint, int) and not isinstance(checkpoint, bool):
+        allowed = checkpoint >= 1
+    else:
+        allowed = checkpoint is None or isinstance(checkpoint, Checkpointing)
+    if not allowed or isinstance(checkpoint, type):
         raise ValueError(
             f"{type(estimator).__name__}.checkpoint must be None or a number of inner steps of at least 1, "
-            f"got {checkpoint!r}"
+            f"or a policy such as bl.inner.Sqrt() or bl.inner.Tree(), got {checkpoint!r}"
         )

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from bilevel.hypergrad.common import require_checkpoint
 from bilevel.hypergrad.unroll import Unroll
+from bilevel.inner.checkpointing import Checkpointing
 from bilevel.linalg import mixed_gradient
 
 
@@ -17,12 +18,13 @@ class Mixed:
     The same numbers as `Unroll`. No activation of the inner backward pass is kept, only φₖ.
 
     Args:
-        checkpoint: as in `Unroll`: keep only every `checkpoint`-th inner state.
+        checkpoint: as in `Unroll`. With an adaptive optimizer `bl.inner.Every(keep_gradients=True)` keeps
+            the inner gradients and recomputes only the optimizer's arithmetic.
 
     Raises:
-        TypeError: when the solver has no steps, or the inner loss holds a `jax.custom_vjp`, whose rule
-            need not be a true derivative (use `Unroll`).
-        ValueError: when `checkpoint` is not a positive whole number.
+        TypeError: when the solver has neither steps nor a closed form, or the inner loss holds a
+            `jax.custom_vjp`, whose rule need not be a true derivative (use `Unroll`).
+        ValueError: when `checkpoint` is neither a positive whole number nor a policy.
 
     Cost: about 4 inner gradients a step in time; memory O(K dim φ + activations of one inner gradient).
     Independent of dim θ. Unbiased: exact for the K steps run.
@@ -39,7 +41,7 @@ class Mixed:
     0.125
     """
 
-    checkpoint: int | None = None
+    checkpoint: int | Checkpointing | None = None
     gradient: ClassVar = staticmethod(mixed_gradient)
 
     def __post_init__(self):

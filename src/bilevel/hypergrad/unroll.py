@@ -1,7 +1,8 @@
 """Exact hypergradient: reverse mode through every inner step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from bilevel.hypergrad.common import (
     differentiate,
@@ -11,8 +12,19 @@ from bilevel.hypergrad.common import (
     split_keys,
 )
 from bilevel.inner import unroll
+from bilevel.inner.checkpointing import Checkpointing
 from bilevel.linalg import reverse_gradient
-from bilevel.problem import Hypergradient, InnerSolver, IterativeSolver, Key, Meta, Params, Problem, Task
+from bilevel.problem import (
+    Hypergradient,
+    InnerSolver,
+    IterativeSolver,
+    Key,
+    Meta,
+    Params,
+    Problem,
+    Solution,
+    Task,
+)
 
 
 @dataclass(frozen=True)
@@ -22,15 +34,18 @@ class Unroll:
         φₖ₊₁ = Φ(φₖ, θ),   λ_K = ∂φ f,   λₖ = (∂Φ/∂φ)ᵀ λₖ₊₁,   dF/dθ = ∂θ f + Σ (∂Φ/∂θ)ᵀ λₖ₊₁
 
     Args:
-        checkpoint: keep only every `checkpoint`-th inner state and recompute the steps between;
-            1 recomputes each step, about √K costs the least memory. None keeps everything.
+        checkpoint: what is kept for the backward pass. None keeps everything; an int n keeps every n-th
+            inner state and recomputes the steps between; a policy of `bl.inner`: `Every`, `Sqrt`, `Tree`
+            (long loops), `Offload`.
+
+    A solver of closed form (`bl.inner.Ridge`, ...) has no steps: it is differentiated as it stands.
 
     Raises:
-        TypeError: when the solver has no steps.
-        ValueError: when `checkpoint` is not a positive whole number.
+        TypeError: when the solver has neither steps nor a closed form.
+        ValueError: when `checkpoint` is neither a positive whole number nor a policy.
 
     Cost: about 4 inner gradients a step in time; memory O(K (dim φ + activations of an inner gradient)),
-    or O((K/s + s) ...) with `checkpoint=s`. Independent of dim θ. Unbiased: exact for the K steps run.
+    or that of the policy. Independent of dim θ. Unbiased: exact for the K steps run.
 
     Reference: Maclaurin, Duvenaud, Adams, 2015; Franceschi et al., 2017.
 
@@ -44,41 +59,61 @@ class Unroll:
     0.125
     """
 
-    checkpoint: int | None = None
+    checkpoint: int | Checkpointing | None = None
     gradient: ClassVar = staticmethod(reverse_gradient)
 
     def __post_init__(self):
         require_checkpoint(self, self.checkpoint)
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
-        """Needs a solver with steps."""
-        require_iterative(self, solver)
+        """Needs a solver with steps, or one of closed form."""
+        require_differentiable(self, solver)
 
     def init(self, problem, solver, meta, task, key) -> tuple[()]:
         """Stateless."""
         return ()
 
-    def solve(self, problem: Problem, solver: IterativeSolver, meta: Meta, task: Task, key: Key) -> Params:
+    def solve(self, problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key) -> Params:
         """The inner solution, differentiable in `meta` by this estimator: the way to nest levels."""
-        return unroll(problem, solver, meta, task, key, gradient=self.gradient, checkpoint=self.checkpoint)[
-            0
-        ].params
+        return solve_through(problem, solver, meta, task, key, self.gradient, self.checkpoint).params
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, tuple[()]]:
         """The hypergradient of one task."""
         inner_key, outer_key = split_keys(key)
 
         def objective(meta):
-            last, losses = unroll(
-                problem,
-                solver,
-                meta,
-                task,
-                inner_key,
-                gradient=self.gradient,
-                checkpoint=self.checkpoint,
+            params, inner_stats = solve_through(
+                problem, solver, meta, task, inner_key, self.gradient, self.checkpoint
             )
-            value, stats = outer_objective(problem, last.params, meta, task, outer_key)
-            return value, {"inner_loss": losses[-1], **stats} if solver.num_steps else stats
+            value, stats = outer_objective(problem, params, meta, task, outer_key)
+            return value, {**inner_stats, **stats}
 
         return differentiate(objective, meta), state
+
+
+def require_differentiable(estimator: object, solver: InnerSolver) -> None:
+    """Refuse a solver that reverse mode cannot go through: it has neither steps nor a closed form."""
+    if not has_closed_form(solver):
+        require_iterative(estimator, solver)
+
+
+def has_closed_form(solver: InnerSolver) -> bool:
+    """Whether plain differentiation of `solver.solve` is exact, as the solver declares."""
+    return getattr(solver, "closed_form", False)
+
+
+def solve_through(
+    problem: Problem,
+    solver: InnerSolver,
+    meta: Meta,
+    task: Task,
+    key: Key,
+    gradient: Callable,
+    checkpoint: int | Checkpointing | None,
+) -> Solution:
+    """The inner solution and its stats, differentiable step by step or, in closed form, as it stands."""
+    if has_closed_form(solver):
+        return solver.solve(problem, meta, task, key)
+    solver = cast(IterativeSolver, solver)  # `check` has made sure
+    last, losses = unroll(problem, solver, meta, task, key, gradient=gradient, checkpoint=checkpoint)
+    return Solution(last.params, {"inner_loss": losses[-1]} if solver.num_steps else {})

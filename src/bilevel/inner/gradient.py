@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
+from bilevel.inner.checkpointing import GRADIENT, Checkpointing, as_policy
 from bilevel.inner.differentiable import differentiable
 from bilevel.linalg import reverse_gradient
 from bilevel.problem import InnerState, IterativeSolver, Key, Meta, Params, Problem, Scalar, Solution, Task
@@ -81,6 +83,7 @@ class Gradient:
         """One step: the next state, and the inner loss where it began."""
         step_key = jax.random.fold_in(key, state.step)
         loss, grads = gradient(problem.inner_loss)(state.params, meta, task.support, step_key)
+        grads = jax.tree.map(lambda leaf: checkpoint_name(leaf, GRADIENT), grads)
         update = differentiable(self._optimizer(meta).update)
         try:
             updates, opt_state = update(grads, state.opt_state, state.params)
@@ -118,37 +121,63 @@ def unroll(
     key: Key,
     *,
     gradient: Callable = reverse_gradient,
-    checkpoint: int | None = None,
+    checkpoint: int | Checkpointing | None = None,
     each: Callable[[Params], Any] | None = None,
 ) -> tuple[InnerState, Any]:
     """Run every step of an iterative solver: the last state, and the inner losses `[num_steps]`.
 
     Args:
         gradient: how the inner gradient is differentiated (see `linalg`).
-        checkpoint: keep only every `checkpoint`-th state for the backward pass, recompute the rest.
+        checkpoint: what is kept for the backward pass: None keeps everything, an int n is `Every(n)`,
+            and `inner.checkpointing` has more policies.
         each: when given, its value at the parameters after each step is returned instead of the losses.
     """
     init_key, step_key = jax.random.split(key)
     state = solver.init(problem, meta, task, init_key)
+    return run_steps(
+        problem,
+        solver,
+        meta,
+        task,
+        state,
+        step_key,
+        solver.num_steps,
+        gradient=gradient,
+        checkpoint=checkpoint,
+        each=each,
+    )
+
+
+def run_steps(
+    problem: Problem,
+    solver: IterativeSolver,
+    meta: Meta,
+    task: Task,
+    state: InnerState,
+    step_key: Key,
+    num_steps: int,
+    *,
+    gradient: Callable = reverse_gradient,
+    checkpoint: int | Checkpointing | None = None,
+    each: Callable[[Params], Any] | None = None,
+) -> tuple[InnerState, Any]:
+    """As `unroll`, for `num_steps` steps from `state`: a part of the loop.
+
+    Args:
+        step_key: the second half of `jax.random.split(key)` for the key that `unroll` takes.
+    """
 
     def body(state, _):
         state, loss = solver.step(problem, meta, task, state, step_key, gradient)
         return state, loss if each is None else each(state.params)
 
-    def run(state, num_steps):
+    def run(state, n):
         # One step needs no loop; without it the compiler shares work with what surrounds it.
-        if num_steps == 1:
+        if n == 1:
             state, out = body(state, None)
-            return state, out[None]
+            return state, jax.tree.map(lambda leaf: leaf[None], out)
         # A short loop is written out: the compiler then works across its steps.
-        return jax.lax.scan(body, state, length=num_steps, unroll=num_steps <= _WRITTEN_OUT)
+        return jax.lax.scan(body, state, length=n, unroll=n <= _WRITTEN_OUT)
 
-    if checkpoint is None or solver.num_steps == 0:
-        return run(state, solver.num_steps)
-    segment = jax.checkpoint(lambda state, _: run(state, checkpoint))
-    state, out = jax.lax.scan(segment, state, length=solver.num_steps // checkpoint)
-    out = out.reshape(-1)
-    if remainder := solver.num_steps % checkpoint:
-        state, last = jax.checkpoint(lambda state: run(state, remainder))(state)
-        out = jnp.concatenate([out, last])
-    return state, out
+    policy = as_policy(checkpoint)
+    return run(state, num_steps) if policy is None else policy.run(run, state, num_steps)
