@@ -1,0 +1,98 @@
+"""Linear solvers of lineax for systems that are indefinite or not symmetric."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel.hypergrad.linear_solvers import require_count, require_system
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """See `gmres` and `bicgstab`."""
+
+    method: str
+    num_steps: int
+    restart: int | None = None
+    system: str = "gradient"
+
+    def __post_init__(self):
+        require_count(self.method, "num_steps", self.num_steps)
+        if self.restart is not None:
+            require_count(self.method, "restart", self.restart)
+        require_system(self.method, self.system)
+
+    def solve(self, matvec, b, key):
+        """Through lineax, with the number of steps as the only limit."""
+        import lineax  # here and not above: `import bilevel` stays light
+
+        # It stops where rounding leaves nothing to gain; beyond, its recurrences break down.
+        rtol = 10 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
+        if self.method == "gmres":
+            restart = min(self.restart or self.num_steps, self.num_steps)
+            cycles = -(-self.num_steps // restart)
+            # lineax counts the first residual as a cycle.
+            solver = lineax.GMRES(rtol, 0.0, optax.tree.norm, cycles + 1, restart, cycles + 1)
+        else:
+            solver = lineax.BiCGStab(rtol, 0.0, optax.tree.norm, self.num_steps)
+        operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b))
+        found = lineax.linear_solve(operator, b, solver, throw=False)
+        return found.value, {}
+
+    @property
+    def remedy(self) -> str:
+        return f"raise num_steps of {self.method}, now {self.num_steps}" + (
+            f", or its restart, now {self.restart}" if self.restart else ""
+        )
+
+    def doubts(self, stats):
+        return []
+
+
+def gmres(num_steps: int, restart: int | None = None, *, system: str = "gradient") -> Krylov:
+    """Generalized minimal residual (lineax): for systems that are indefinite or not symmetric.
+
+        q minimizes |A q − b| over span(b, Ab, ..., Aʲ⁻¹b)
+
+    Args:
+        num_steps: j, at least 1.
+        restart: keep only this many vectors, then start again from what was reached; None keeps all j.
+        system: "gradient", or "update" as in `fixed_point`.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    Cost: a product a step; j (or `restart`) vectors. Needs lineax.
+
+    Reference: Saad, Schultz, 1986.
+
+    >>> matvec = lambda v: jnp.array([[1.0, 2.0], [-2.0, 1.0]]) @ v
+    >>> q, _ = gmres(2).solve(matvec, jnp.array([5.0, 0.0]), jax.random.key(0))
+    >>> print(jnp.round(q, 4))
+    [1. 2.]
+    """
+    return Krylov("gmres", num_steps, restart, system)
+
+
+def bicgstab(num_steps: int, *, system: str = "gradient") -> Krylov:
+    """Stabilized bi-conjugate gradients (lineax): systems that are not symmetric, in constant memory.
+
+    Args:
+        num_steps: at least 1; the residual need not fall at every one.
+        system: "gradient", or "update" as in `fixed_point`.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    Cost: two products a step; eight vectors. Needs lineax.
+
+    Reference: van der Vorst, 1992.
+
+    >>> matvec = lambda v: jnp.array([[3.0, 1.0], [-1.0, 2.0]]) @ v
+    >>> q, _ = bicgstab(2).solve(matvec, jnp.array([5.0, 3.0]), jax.random.key(0))
+    >>> print(jnp.round(q, 4))
+    [1. 2.]
+    """
+    return Krylov("bicgstab", num_steps, None, system)
