@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from bilevel.nets.dense import dense
 from bilevel.nets.net import Net
 
 
@@ -45,7 +46,7 @@ def mlp(sizes: Sequence[int], activation: Callable = jax.nn.relu) -> Net:
 
     def apply(params, x):
         for name in names:
-            x = x @ params[name]["w"] + params[name]["b"]
+            x = dense(x, params[name]["w"]) + params[name]["b"]
             if name != "head":
                 x = activation(x)
         return x
