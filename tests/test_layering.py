@@ -26,6 +26,7 @@ LEVELS = (
     "recipes",
     "__init__",  # re-exports what stands below; recipes may `import bilevel` as a user does
     "report",
+    "analysis",
     "train",
     "testing",  # conformance tables: for tests only
     "learners",
@@ -40,7 +41,9 @@ LEVELS = (
 
 # Third-party modules beside jax, numpy and optax, and the only modules that may import them.
 HEAVY = {
+    "lineax": ("hypergrad.*krylov",),
     "matplotlib": ("report", "report.*"),
+    "optimistix": ("inner.converged",),
     "orbax": ("train.checkpoint",),
     "PIL": ("report", "report.*", "tasks.omniglot*"),
     "rich": ("train.display",),

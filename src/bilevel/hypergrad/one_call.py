@@ -1,5 +1,6 @@
 """The one-call door for people who bring their own outer loop."""
 
+from bilevel.hypergrad.doubts import Doubter
 from bilevel.problem import Estimator, Hypergradient, InnerSolver, Key, Meta, Problem, Task
 
 
@@ -29,6 +30,9 @@ def hypergradient(
     Raises:
         ValueError, TypeError: when the three do not go together, or meta holds something other than floats.
 
+    Warns:
+        HypergradientWarning: when the estimator's own figures give reason to doubt its answer; under `jit` too.
+
     Cost and bias: those of the estimator. An estimator with a state starts afresh at each call.
 
     >>> import bilevel as bl, jax, optax
@@ -43,4 +47,6 @@ def hypergradient(
     """
     estimator.check(problem, solver)
     state = estimator.init(problem, solver, meta, task, key)
-    return estimator.estimate(problem, solver, meta, task, state, key)[0]
+    h, _ = estimator.estimate(problem, solver, meta, task, state, key)
+    Doubter(estimator).watch(h.stats)
+    return h

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilevel.hypergrad.doubts import Doubter
 from bilevel.problem import Key, Learner, Task
 from bilevel.train.arrays import split_arrays
 from bilevel.train.checkpoint import Checkpoints
@@ -101,6 +102,9 @@ def train(
         HypergradientError: when a hypergradient is not finite, or a leaf of it is exactly zero at every
             step of a chunk. The last good state is checkpointed first.
 
+    Warns:
+        HypergradientWarning: once for each kind of doubt that the estimator's mean figures over a chunk raise.
+
     >>> import bilevel as bl
     >>> learner = bl.maml(bl.nets.mlp([1, 8, 1]), bl.learners.mean_squared_error, rates=0.01)
     >>> sample = bl.tasks.batch(bl.tasks.sinusoid, 4)
@@ -120,6 +124,7 @@ def train(
             display = stack.enter_context(progress(run.title, num_meta_steps, done))
         stop_asked = stack.enter_context(_signals())
         chunk = _compile(learner, optimizer, sample_tasks, options)
+        doubter = Doubter(learner.estimator)
         saved = int(state.step)
         begin = time.perf_counter() - (_seconds_before(run) if run else 0.0)
         while int(state.step) < num_meta_steps and not stop_asked():
@@ -133,6 +138,7 @@ def train(
             )
             if done > first:
                 values = _summary(log, done - first)
+                doubter(values)
                 values["steps_per_second"] = (done - first) / (time.perf_counter() - started)
                 for callback in on_chunk:
                     callback(state, values)

@@ -1,0 +1,53 @@
+"""What an estimator has to say against its own answer, brought to the user as a warning."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel.problem import Estimator
+
+
+class HypergradientWarning(UserWarning):
+    """A hypergradient that its own figures give reason to doubt: unconverged, truncated, noisy."""
+
+
+class Doubter:
+    """Warns of an estimator's doubts, of each kind once however the figures in it change.
+
+    >>> from bilevel.hypergrad import Implicit, cg
+    >>> doubter = Doubter(Implicit(cg(1)))
+    >>> stats = {"finite": 1.0, "inner_residual": 3.0, "inner_error": 0.5, "linear_residual": 0.0}
+    >>> with warnings.catch_warnings(record=True) as seen:
+    ...     warnings.simplefilter("always")
+    ...     doubter(stats), doubter({**stats, "inner_error": 0.4})
+    (None, None)
+    >>> len(seen)
+    1
+    """
+
+    def __init__(self, estimator: Estimator):
+        self._ask = getattr(estimator, "doubts", None)
+        self._said: set[str] = set()
+
+    def __call__(self, stats: Mapping[str, Any], stacklevel: int = 2) -> None:
+        """Stats are numbers, or arrays of which the mean counts (one call may stand for many tasks)."""
+        if self._ask is None:
+            return
+        for sentence in self._ask({name: float(np.mean(value)) for name, value in stats.items()}):
+            kind = re.sub(r"[-+]?\b\d[\d.]*(e[-+]?\d+)?|\b(nan|inf)\b", "#", sentence)
+            if kind not in self._said:
+                self._said.add(kind)
+                warnings.warn(sentence, HypergradientWarning, stacklevel=stacklevel + 1)
+
+    def watch(self, stats: Mapping[str, Any], stacklevel: int = 2) -> None:
+        """Warn now, or, where the stats are still being traced, each time the compiled program has them."""
+        if self._ask is None:
+            return
+        if any(isinstance(value, jax.core.Tracer) for value in stats.values()):
+            jax.debug.callback(self, dict(stats))
+        else:
+            self(stats, stacklevel + 1)
