@@ -1,0 +1,69 @@
+"""What is to be differentiated: the outer loss of what actually runs, over a batch of tasks."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.hypergrad.common import split_keys
+from bilevel.problem import InnerSolver, Key, Meta, Problem, Scalar, Task
+from bilevel.train.step import num_tasks
+
+
+def objective(problem: Problem, solver: InnerSolver, tasks: Task) -> Callable[[Meta, Key], Scalar]:
+    """The mean over the tasks of outer_loss(solver.solve(θ)), with the randomness the estimators see.
+
+        F(θ) = (1/T) Σ outer_loss(solve(θ, support_t), θ, query_t)
+
+    Args:
+        tasks: leaves `[num_tasks, n, ...]`.
+
+    Returns:
+        `(meta, key) -> scalar`, traceable; it agrees with the value of `bl.mean_hypergradient`.
+    """
+    count = num_tasks(tasks)
+
+    def of_task(meta, task, key):
+        inner_key, outer_key = split_keys(key)
+        params = solver.solve(problem, meta, task, inner_key).params
+        return problem.outer_loss(params, meta, task.query, outer_key)
+
+    def mean(meta, key):
+        keys = jax.random.split(key, count)
+        return jax.lax.map(lambda x: of_task(meta, *x), (tasks, keys)).mean()
+
+    return mean
+
+
+def first_tasks(tasks: Task, count: int) -> Task:
+    """The first `count` tasks of a batch.
+
+    >>> first_tasks(Task(jnp.ones((4, 3)), jnp.ones((4, 1))), 2).support.shape
+    (2, 3)
+    """
+    return jax.tree.map(lambda leaf: leaf[:count], tasks)
+
+
+def task_at(tasks: Task, place: int) -> Task:
+    """One task of a batch, without the leading axis."""
+    return jax.tree.map(lambda leaf: leaf[place], tasks)
+
+
+def in_float64(tree):
+    """Floats as float64, the rest as it is. Only under `jax.enable_x64`."""
+
+    def cast(leaf):
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def in_arrays(tree):
+    """The same tree with strongly typed arrays for leaves."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), tree)
+
+
+def leaf_names(meta: Meta) -> list[str]:
+    """`meta['init']['w']` for each leaf."""
+    return [f"meta{jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(meta)]
