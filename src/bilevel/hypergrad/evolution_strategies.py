@@ -45,7 +45,7 @@ class EvolutionStrategies:
 
     Cost: 2N inner solves, forward only; memory of `chunk` pairs, independent of K. The error grows with
     dim θ: E|g − ∇F_σ|² ≈ (dim θ + 1) |∇F|² / N. Unbiased for F_σ(θ) = E F(θ + σε); against ∇F the bias is
-    O(σ²), none where F is quadratic. A leaf that F cannot depend on gets exactly zero.
+    O(σ²), none where F is quadratic. A leaf that nothing reads gets exactly zero.
 
     `value` is the mean of the 2N losses, an estimate of F_σ(θ); problem's and solver's stats are means too.
     `stats["standard_error"]` is the error of g as a multiple of its length (from two pairs on).

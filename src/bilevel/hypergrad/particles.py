@@ -127,7 +127,8 @@ def advance(
                 problem, solver, at, task, inner, state.window, life_key, truncation=estimator.truncation
             )
 
-        inner, losses, stats = jax.vmap(side)(jnp.array([1.0, -1.0]), state.inner)
+        sides = (jnp.array([1.0, -1.0]), state.inner)
+        inner, losses, stats = map_chunks(lambda row: side(*row), sides, 1 if estimator.chunk == 1 else None)
         slope = (losses[0] - losses[1]) / (2 * sigma)
         gradient = jax.tree.map(lambda leaf: (slope * leaf).astype(leaf.dtype), weight)
         window = jnp.where(state.window + 1 >= state.end, 0, state.window + 1)
