@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 from bilevel import hypergrad, inner, learners, nets, tasks
-from bilevel.hypergrad import FirstOrderWarning, hypergradient
+from bilevel.hypergrad import FirstOrderWarning, HypergradientWarning, hypergradient
 from bilevel.learners import maml
 from bilevel.problem import Hypergradient, Learner, Problem, Solution, Task
 from bilevel.train import (
@@ -27,6 +27,7 @@ __all__ = [
     "FirstOrderWarning",
     "Hypergradient",
     "HypergradientError",
+    "HypergradientWarning",
     "Learner",
     "MetaState",
     "Options",

@@ -1,6 +1,25 @@
-"""How the inner problem is solved."""
+"""How the inner problem is solved, and what is kept of the way for its derivative."""
 
+from bilevel.inner.checkpointing import Every, Offload, Sqrt, Tree
+from bilevel.inner.closed_form import ClosedForm, prototypes
+from bilevel.inner.converged import Converged
 from bilevel.inner.differentiable import differentiable
 from bilevel.inner.gradient import Gradient, GradientState, unroll
+from bilevel.inner.proximal import proximal
+from bilevel.inner.ridge import Ridge
 
-__all__ = ["Gradient", "GradientState", "differentiable", "unroll"]
+__all__ = [
+    "ClosedForm",
+    "Converged",
+    "Every",
+    "Gradient",
+    "GradientState",
+    "Offload",
+    "Ridge",
+    "Sqrt",
+    "Tree",
+    "differentiable",
+    "proximal",
+    "prototypes",
+    "unroll",
+]
