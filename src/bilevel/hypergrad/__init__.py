@@ -3,7 +3,7 @@
 Exact, through the steps or through a formula: `Unroll`, `Mixed`, `Forward`. Through the last steps only:
 `Truncated`. Of a converged inner problem: `Implicit`, `OneStep`. Without second derivatives: `FirstOrder`,
 `Reptile`, `Penalty`, `Bome`, `FiniteDifference`, `Sama`. In a single loop over minibatches: `Soba`, `Saba`,
-`MaSoba`, `AmIGO`, `StocBiO`, `F2sa`. From values alone: `EvolutionStrategies`, `PES`, `NRES`, `ScoreFunction`.
+`MaSoba`, `AmIGO`, `StocBiO`, `F2sa`. Of values alone: `EvolutionStrategies`, `PES`, `NRES`, `ScoreFunction`.
 """
 
 from bilevel.hypergrad.amigo import AmIGO

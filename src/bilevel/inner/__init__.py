@@ -19,7 +19,7 @@ __all__ = [
     "Sqrt",
     "Tree",
     "differentiable",
-    "proximal",
     "prototypes",
+    "proximal",
     "unroll",
 ]
