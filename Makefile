@@ -7,11 +7,11 @@ BIN := .venv/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench omniglot lock clean
+.PHONY: help venv demo test check bench bench-memory bench-toys bench-cleaning bench-plan omniglot lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: .venv/.installed ## the environment of requirements.lock, in .venv (PYTHON=python3.12 picks a Python)
 
@@ -29,6 +29,18 @@ check: .venv/.installed ## lint, format, types, layering and docs
 
 bench: .venv/.installed .venv-peers/.installed ## time bilevel against its peers
 	$(BIN)/python bench/run.py
+
+bench-memory: .venv/.installed ## memory and time of unrolling over horizons of 10 to 10000 inner steps
+	$(BIN)/python bench/horizons.py
+
+bench-toys: .venv/.installed ## published problems on which short windows mislead, with pictures in docs/
+	$(BIN)/python bench/toys.py
+
+bench-cleaning: .venv/.installed ## hyper-data-cleaning on MNIST (BILEVEL_DATA) with every estimator that applies
+	$(BIN)/python bench/hyper_cleaning.py
+
+bench-plan: .venv/.installed ## the memory planner's predictions against what is measured
+	$(BIN)/python bench/plan_grid.py
 
 omniglot: .venv/.installed ## MAML on Omniglot, from training to test accuracy
 	$(BIN)/bilevel train maml-omniglot --folder runs/omniglot
