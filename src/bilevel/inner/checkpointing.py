@@ -116,11 +116,11 @@ class Tree:
             return steps(state, 0)
         size, rest = divmod(num_steps, self.branching)
         if size == 0:
-            return _repeat(partial(steps, n=1), state, num_steps)
+            return _repeat(_of(steps, 1), state, num_steps)
         first = None
         if rest:
-            state, first = _repeat(partial(steps, n=1), state, rest)
-        one = partial(steps, n=1) if size == 1 else partial(self.run, steps, num_steps=size)
+            state, first = _repeat(_of(steps, 1), state, rest)
+        one = _of(steps, 1) if size == 1 else partial(self.run, steps, num_steps=size)
         state, out = _repeat(one, state, self.branching)
         return state, out if first is None else _concatenate(first, out)
 
@@ -183,12 +183,16 @@ def _segments(steps: Steps, state, num_steps: int, size: int, policy) -> tuple[I
         return steps(state, 0)
     count, rest = divmod(num_steps, size)
     if count == 0:
-        return _repeat(partial(steps, n=rest), state, 1, policy)
-    state, out = _repeat(partial(steps, n=size), state, count, policy)
+        return _repeat(_of(steps, rest), state, 1, policy)
+    state, out = _repeat(_of(steps, size), state, count, policy)
     if rest == 0:
         return state, out
-    state, last = _repeat(partial(steps, n=rest), state, 1, policy)
+    state, last = _repeat(_of(steps, rest), state, 1, policy)
     return state, _concatenate(out, last)
+
+
+def _of(steps: Steps, n: int) -> Callable:
+    return lambda state: steps(state, n)
 
 
 def _repeat(block: Callable, state, count: int, policy=None) -> tuple[InnerState, Any]:
