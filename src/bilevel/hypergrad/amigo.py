@@ -72,14 +72,12 @@ class AmIGO:
     linear_rate: float
     linear_steps: int = 10
     batch_size: int | None = None
-    tolerance: float | None = None
+    tolerance: float = 0.1
 
     def __post_init__(self):
-        require_positive(self, linear_rate=self.linear_rate)
+        require_positive(self, linear_rate=self.linear_rate, tolerance=self.tolerance)
         require_count(self, linear_steps=self.linear_steps)
         require_batch_size(self, self.batch_size)
-        if self.tolerance is not None:
-            require_positive(self, tolerance=self.tolerance)
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
         """Needs a solver with at least one step."""
@@ -87,7 +85,8 @@ class AmIGO:
 
     def init(self, problem: Problem, solver: IterativeSolver, meta: Meta, task: Task, key: Key) -> Warm:
         """φ₀ and a q that is one step away from 0."""
-        return warm_start(problem, solver, meta, task, key, self.linear_rate)
+        noisy = self.batch_size is not None
+        return warm_start(problem, solver, meta, task, key, self.linear_rate, noisy)
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, Warm]:
         """One direction in θ at the φ and q that the steps of this call have reached."""
@@ -106,8 +105,8 @@ class AmIGO:
 
         q, _ = jax.lax.scan(linear, state.q, jax.numpy.arange(self.linear_steps))
         products = inner_products(problem, inner.params, meta, rows.support, step_key, q)
-        h, largest = implicit_hypergradient(direct, products, slope, q, state.largest_residual)
-        return h, Warm(inner, q, largest)
+        h, trail = implicit_hypergradient(direct, products, slope, q, state.trail)
+        return h, Warm(inner, q, trail)
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
         """Why the estimate may be wrong, given its stats."""
@@ -115,6 +114,5 @@ class AmIGO:
             stats,
             rate_name="linear_rate",
             rate=self.linear_rate,
-            batch_size=self.batch_size,
             tolerance=self.tolerance,
         )

@@ -10,8 +10,13 @@ import jax.numpy as jnp
 from bilevel.hypergrad.common import split_keys
 from bilevel.hypergrad.minibatch import draw_task, require_batch_size, require_positive, require_single_step
 from bilevel.hypergrad.penalized import penalty_doubts, penalty_hypergradient, pulled, pulled_task
-from bilevel.hypergrad.residuals import norm, ratio
-from bilevel.hypergrad.single_loop import warn_of_leaves_out_of_sight
+from bilevel.hypergrad.single_loop import (
+    Trail,
+    follow,
+    start_trail,
+    warn_of_leaves_out_of_sight,
+    without_noise,
+)
 from bilevel.problem import (
     Hypergradient,
     InnerSolver,
@@ -20,18 +25,17 @@ from bilevel.problem import (
     Key,
     Meta,
     Problem,
-    Scalar,
     Task,
 )
 
 
 class F2saState(NamedTuple):
-    """Both inner loops, the count of calls, and the largest ‖∇φ g(ψ)‖ so far."""
+    """Both inner loops, the count of calls, and the residuals of the calls before."""
 
     psi: InnerState
     phi: InnerState
     count: jax.Array
-    largest_residual: Scalar
+    trail: Trail
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class F2sa:
         growth: what λ gains with each call.
         batch_size: as in `Soba`. The paper draws rows for ψ and for φ apart; here they share them, which is
             unbiased as well and keeps λ from multiplying the noise of the difference.
-        tolerance: the residual that `doubts` speaks of; None means 0.1, or 1 on minibatches.
+        tolerance: the residual, without its noise, that `doubts` speaks of.
         rounding: the relative rounding error that `doubts` speaks of.
 
     Raises:
@@ -55,7 +59,8 @@ class F2sa:
     Warns:
         FirstOrderWarning: naming each leaf of meta that enters neither loss: its gradient is exactly zero.
 
-    Stats: as in `Penalty`, of the rows drawn; `inner_residual_share` is against the largest residual so far.
+    Stats: as in `Penalty` but for `penalty_residual`, of the rows drawn; the largest residual so far stands
+    in for ‖∇φ g(φ₀)‖. `inner_drift` and `linear_drift` as in `Soba`.
 
     Cost: 7 gradients of a minibatch; memory of two inner states, independent of dim θ. Biased by O(1/λ), and
     while ψ and φ lag behind θ: the outer rate must fall as λ grows.
@@ -80,16 +85,14 @@ class F2sa:
     multiplier: float
     growth: float = 0.0
     batch_size: int | None = None
-    tolerance: float | None = None
+    tolerance: float = 0.1
     rounding: float = 0.01
 
     def __post_init__(self):
-        require_positive(self, multiplier=self.multiplier, rounding=self.rounding)
+        require_positive(self, multiplier=self.multiplier, tolerance=self.tolerance, rounding=self.rounding)
         if not 0 <= self.growth < float("inf"):
             raise ValueError(f"F2sa.growth must be a number of at least 0, got {self.growth!r}")
         require_batch_size(self, self.batch_size)
-        if self.tolerance is not None:
-            require_positive(self, tolerance=self.tolerance)
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
         """Needs a solver with one step."""
@@ -99,8 +102,8 @@ class F2sa:
         """Both inner loops at φ₀."""
         init_key, step_key = jax.random.split(split_keys(key)[0])
         start = solver.init(problem, meta, task, init_key)
-        residual = norm(jax.grad(problem.inner_loss)(start.params, meta, task.support, step_key))
-        return F2saState(start, start, jnp.int32(0), residual)
+        gradient = jax.grad(problem.inner_loss)(start.params, meta, task.support, step_key)
+        return F2saState(start, start, jnp.int32(0), start_trail(gradient, self.batch_size is not None))
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, F2saState]:
         """One direction in θ at the ψ and φ that this call's steps have reached."""
@@ -114,23 +117,18 @@ class F2sa:
         lifted = pulled(problem, multiplier, outer_key)
         phi, _ = solver.step(lifted, meta, pulled_task(rows), state.phi, step_key)
         fresh = draw_task(task, self.batch_size, step_key)
-        h = penalty_hypergradient(
+        h, residuals = penalty_hypergradient(
             problem, psi.params, phi.params, multiplier, meta, fresh, (step_key, outer_key)
         )
-        residual = h.stats["inner_residual"]
-        largest = jnp.maximum(state.largest_residual, residual.astype(state.largest_residual.dtype))
-        stats = {**h.stats, "inner_residual_share": ratio(residual, largest)}
-        return h._replace(stats=stats), F2saState(psi, phi, state.count + 1, largest)
+        stats, trail = follow(state.trail, *residuals)
+        return h._replace(stats={**h.stats, **stats}), F2saState(psi, phi, state.count + 1, trail)
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
         """Why the estimate may be wrong, given its stats."""
-        full = self.batch_size is None
-        limit = self.tolerance if self.tolerance is not None else 0.1 if full else 1.0
         return penalty_doubts(
-            stats,
-            tolerance=limit,
+            without_noise(stats),
+            tolerance=self.tolerance,
             rounding=self.rounding,
             settle="carry the state through more calls, raise the inner rate, or lower the outer learning "
             "rate and the growth of the multiplier",
-            on="" if full else f" (measured on {self.batch_size} rows, so in part noise)",
         )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.hypergrad.common import gradient_stats
+from bilevel.hypergrad.minibatch import require_batch_size, require_positive, require_single_step
 from bilevel.hypergrad.single_loop import Warm
 from bilevel.hypergrad.soba import Soba
 from bilevel.problem import Hypergradient, InnerSolver, IterativeSolver, Key, Meta, Problem, Task
@@ -67,26 +68,27 @@ class MaSoba:
     linear_rate: float
     average_rate: float = 0.1
     batch_size: int | None = None
-    tolerance: float | None = None
+    tolerance: float = 0.1
 
     def __post_init__(self):
         if not 0 < self.average_rate <= 1:
             raise ValueError(f"MaSoba.average_rate must be above 0 and at most 1, got {self.average_rate!r}")
-        self._soba()  # refuses the rest
+        require_positive(self, linear_rate=self.linear_rate, tolerance=self.tolerance)
+        require_batch_size(self, self.batch_size)
 
     def _soba(self) -> Soba:
         return Soba(self.linear_rate, self.batch_size, self.tolerance)
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
         """Needs a solver with one step."""
-        self._soba().check(problem, solver)
+        require_single_step(self, solver)
 
     def init(
         self, problem: Problem, solver: IterativeSolver, meta: Meta, task: Task, key: Key
     ) -> MaSobaState:
         """SOBA's state and an empty average."""
         warm = self._soba().init(problem, solver, meta, task, key)
-        return MaSobaState(warm, jax.tree.map(jnp.zeros_like, meta), jnp.float32(0))
+        return MaSobaState(warm, jax.tree.map(jnp.zeros_like, meta), jnp.zeros((), float))
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, MaSobaState]:
         """The averaged direction, and the state after a step of φ and of q."""

@@ -39,8 +39,10 @@ def penalty_hypergradient(
     meta: Meta,
     task: Task,
     keys: tuple[Key, Key],
-) -> Hypergradient:
+) -> tuple[Hypergradient, tuple[Params, Params]]:
     """∂θ f(φ) + λ (∂θ g(φ) − ∂θ g(ψ)); the value is f(ψ). `keys` are those of g and of f.
+
+    Beside it the two residual vectors, ∇φ g(ψ) and λ (∇φ g(φ) − ∇φ g(ψ)) + ∂φ f(φ).
 
     Stats: `multiplier`; `inner_residual` ‖∇φ g(ψ)‖; `linear_residual`, how far φ − ψ is from solving
     λ ∇²φφ g (φ − ψ) = −∂φ f, ‖λ (∇φ g(φ) − ∇φ g(ψ)) + ∂φ f(φ)‖ / ‖∂φ f(φ)‖; `rounding`, the relative error
@@ -73,11 +75,11 @@ def penalty_hypergradient(
         # What the difference contributes is what its rounding error is a part of.
         "rounding": rounding * ratio(norm(pull), norm(grad)),
     }
-    return Hypergradient(value, grad, stats)
+    return Hypergradient(value, grad, stats), (at_psi, mismatch)
 
 
 def penalty_doubts(
-    stats: Mapping[str, float], *, tolerance: float, rounding: float, settle: str, on: str = ""
+    stats: Mapping[str, float], *, tolerance: float, rounding: float, settle: str
 ) -> list[str]:
     """Why a penalty hypergradient may be wrong. `settle` says how its two solves get closer."""
     return [
@@ -85,13 +87,13 @@ def penalty_doubts(
             stats,
             "inner_residual_share",
             tolerance,
-            f"the inner parameters have not settled{on}: {settle}",
+            f"the inner parameters have not settled: {settle}",
         ),
         *doubt_above(
             stats,
             "linear_residual",
             tolerance,
-            f"the two inner solutions are not the distance apart that the multiplier calls for{on}: {settle}",
+            f"the two inner solutions are not the distance apart that the multiplier calls for: {settle}",
         ),
         *doubt_above(
             stats,

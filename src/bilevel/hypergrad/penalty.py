@@ -99,7 +99,7 @@ class Penalty:
                 solver.solve(lifted, fixed, lifted_task, inner_key).params,
             )
         )
-        h = penalty_hypergradient(problem, psi, phi, multiplier, meta, task, (step_key, outer_key))
+        h, _ = penalty_hypergradient(problem, psi, phi, multiplier, meta, task, (step_key, outer_key))
 
         start = problem.init(fixed, init_key)
         at_start = norm(jax.grad(problem.inner_loss)(start, fixed, task.support, step_key))

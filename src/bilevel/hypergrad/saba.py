@@ -48,7 +48,7 @@ class Saba:
         batch_size: rows in a batch. Support and query are cut once, in order, into batches of this size,
             which must divide both; shuffle the rows beforehand if their order means anything. None is one
             batch.
-        tolerance: as in `Soba`; None means 0.1, for the corrected terms are close to full ones.
+        tolerance: as in `Soba`; the corrected terms are taken to be free of noise.
 
     Raises:
         TypeError, ValueError: when the solver has no steps or not exactly one; when a field is out of range;
@@ -83,13 +83,11 @@ class Saba:
 
     linear_rate: float
     batch_size: int | None = None
-    tolerance: float | None = None
+    tolerance: float = 0.1
 
     def __post_init__(self):
-        require_positive(self, linear_rate=self.linear_rate)
+        require_positive(self, linear_rate=self.linear_rate, tolerance=self.tolerance)
         require_batch_size(self, self.batch_size)
-        if self.tolerance is not None:
-            require_positive(self, tolerance=self.tolerance)
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
         """Needs a solver with one step."""
@@ -99,7 +97,7 @@ class Saba:
         """φ₀, a q that is one step away from 0, and tables filled in one full pass."""
         inner_key, outer_key = split_keys(key)
         step_key = jax.random.split(inner_key)[1]
-        warm = warm_start(problem, solver, meta, task, key, self.linear_rate)
+        warm = warm_start(problem, solver, meta, task, key, self.linear_rate, noisy=False)
         params = warm.inner.params
 
         def inner_row(batch):
@@ -109,8 +107,8 @@ class Saba:
             direct, slope = outer_parts(problem, params, meta, Task(task.support, batch), outer_key)
             return slope, direct.grad
 
-        support = make_table(inner_row, cut(task.support, self.batch_size, "support")[0])
         query = make_table(outer_row, cut(task.query, self.batch_size, "query")[0])
+        support = make_table(inner_row, cut(task.support, self.batch_size, "support")[0])
         return SabaState(warm, support, query)
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, SabaState]:
@@ -127,15 +125,15 @@ class Saba:
         (slope, direct_grad), query, query_changed = look_up(state.query, j, (slope, direct.grad), rows.query)
         products = products._replace(gradient=reduced[0], hessian_q=reduced[1], cross_q=reduced[2])
 
-        h, largest = implicit_hypergradient(
-            direct._replace(grad=direct_grad), products, slope, warm.q, warm.largest_residual
+        h, trail = implicit_hypergradient(
+            direct._replace(grad=direct_grad), products, slope, warm.q, warm.trail
         )
         h.stats["task_changed"] = (support_changed | query_changed).astype(jnp.float32)
         inner, _ = solver.step(
             problem, meta, rows, warm.inner, step_key, given(products.loss, products.gradient)
         )
         q = linear_step(warm.q, products.hessian_q, slope, self.linear_rate)
-        return h, SabaState(Warm(inner, q, largest), support, query)
+        return h, SabaState(Warm(inner, q, trail), support, query)
 
     def _draw(self, task: Task, key: Key) -> tuple[jax.Array, jax.Array, Task]:
         support, num_support = cut(task.support, self.batch_size, "support")
@@ -158,6 +156,5 @@ class Saba:
             stats,
             rate_name="linear_rate",
             rate=self.linear_rate,
-            batch_size=None,
             tolerance=self.tolerance,
         )

@@ -34,6 +34,20 @@ from bilevel.problem import (
     Task,
 )
 
+_NO_DRIFT = 0.1
+
+
+class Trail(NamedTuple):
+    """The residuals of the calls before.
+
+    Args:
+        largest: the largest ‖∇φ g‖ so far, the scale that later ones are held against.
+        previous: ∇φ g and the residual of the linear system at the last call; () for full batches.
+    """
+
+    largest: Scalar
+    previous: tuple[()] | tuple[Params, Params]
+
 
 class Warm(NamedTuple):
     """What is kept between calls.
@@ -41,12 +55,12 @@ class Warm(NamedTuple):
     Args:
         inner: the solver's state; `inner.params` is φ.
         q: like φ, the running solution of the linear system.
-        largest_residual: the largest ‖∇φ g‖ seen so far, the scale that later ones are held against.
+        trail: what the residuals are held against.
     """
 
     inner: InnerState
     q: Params
-    largest_residual: Scalar
+    trail: Trail
 
 
 class Products(NamedTuple):
@@ -59,7 +73,13 @@ class Products(NamedTuple):
 
 
 def warm_start(
-    problem: Problem, solver: IterativeSolver, meta: Meta, task: Task, key: Key, linear_rate: float
+    problem: Problem,
+    solver: IterativeSolver,
+    meta: Meta,
+    task: Task,
+    key: Key,
+    linear_rate: float,
+    noisy: bool,
 ) -> Warm:
     """φ₀, and a q that is one step away from 0: from 0 the first hypergradient could be exactly zero."""
     inner_key, outer_key = split_keys(key)
@@ -67,7 +87,33 @@ def warm_start(
     inner = solver.init(problem, meta, task, init_key)
     slope = jax.grad(problem.outer_loss)(inner.params, meta, task.query, outer_key)
     gradient = jax.grad(problem.inner_loss)(inner.params, meta, task.support, step_key)
-    return Warm(inner, jax.tree.map(lambda s: linear_rate * s, slope), norm(gradient))
+    return Warm(inner, jax.tree.map(lambda s: linear_rate * s, slope), start_trail(gradient, noisy))
+
+
+def start_trail(gradient: Params, noisy: bool) -> Trail:
+    """A trail that begins at the inner gradient of φ₀; `noisy` when later residuals are of minibatches."""
+    zeros = jax.tree.map(jnp.zeros_like, gradient)
+    return Trail(norm(gradient), (zeros, zeros) if noisy else ())
+
+
+def follow(trail: Trail, gradient: Params, mismatch: Params) -> tuple[dict[str, Scalar], Trail]:
+    """How the residuals of this call stand to those before, and the trail with them.
+
+    Stats: `inner_residual` ‖∇φ g‖; `inner_residual_share`, the same over the largest so far; on minibatches
+    also `inner_drift` and `linear_drift`, the cosines between a residual and the one before. They are near 1
+    while a residual is mostly bias, and at or below 0 once it is only noise (Pflug's test): r √drift is an
+    estimate of the bias in a residual r. 1 where there is none before.
+    """
+    residual = norm(gradient)
+    largest = jnp.maximum(trail.largest, residual.astype(trail.largest.dtype))
+    stats = {"inner_residual": residual, "inner_residual_share": ratio(residual, largest)}
+    if not trail.previous:
+        return stats, Trail(largest, ())
+    for name, now, before in zip(("inner", "linear"), (gradient, mismatch), trail.previous, strict=True):
+        size = norm(now) * norm(before)
+        cosine = inner_product(now, before) / jnp.where(size == 0, 1.0, size)
+        stats[f"{name}_drift"] = jnp.where(size == 0, 1.0, cosine)
+    return stats, Trail(largest, (gradient, mismatch))
 
 
 def inner_products(
@@ -121,23 +167,21 @@ def move_inner(
 
 
 def implicit_hypergradient(
-    direct: Hypergradient, products: Products, slope: Params, q: Params, largest_residual: Scalar
-) -> tuple[Hypergradient, Scalar]:
-    """∂θ f − (∂θ∇φ g)ᵀ q with its stats, and the largest inner residual so far."""
+    direct: Hypergradient, products: Products, slope: Params, q: Params, trail: Trail
+) -> tuple[Hypergradient, Trail]:
+    """∂θ f − (∂θ∇φ g)ᵀ q with its stats, and the trail after this call."""
     grad = jax.tree.map(lambda d, c: d - c, direct.grad, products.cross_q)
-    residual = norm(products.gradient)
-    largest_residual = jnp.maximum(largest_residual, residual.astype(largest_residual.dtype))
     mismatch = jax.tree.map(lambda h, s: h - s, products.hessian_q, slope)
+    residuals, trail = follow(trail, products.gradient, mismatch)
     stats = {
         "inner_loss": products.loss,
         **direct.stats,
         **gradient_stats(direct.value, grad),
-        "inner_residual": residual,
-        "inner_residual_share": ratio(residual, largest_residual),
+        **residuals,
         "linear_residual": ratio(norm(mismatch), norm(slope)),
         "curvature": ratio(inner_product(q, products.hessian_q), inner_product(q, q)),
     }
-    return Hypergradient(direct.value, grad, stats), largest_residual
+    return Hypergradient(direct.value, grad, stats), trail
 
 
 def warn_of_leaves_out_of_sight(
@@ -152,48 +196,57 @@ def warn_of_leaves_out_of_sight(
     warn_of_zero_leaves(estimator, both, meta, params, task)
 
 
+def without_noise(stats: Mapping[str, float]) -> dict[str, float]:
+    """The stats with both residuals shrunk to the part of them that is not noise, as their drifts tell.
+
+    A drift below 0.1 counts as none: a mean of a few hundred cosines of small vectors is no surer than that.
+    """
+    shrunk = dict(stats)
+    for residual, drift in (("inner_residual_share", "inner_drift"), ("linear_residual", "linear_drift")):
+        if drift in stats and residual in stats:
+            shrunk[residual] = stats[residual] * max(stats[drift] - _NO_DRIFT, 0.0) ** 0.5
+    return shrunk
+
+
 def warm_doubts(
-    stats: Mapping[str, float],
-    *,
-    rate_name: str,
-    rate: float,
-    batch_size: int | None,
-    tolerance: float | None,
-    series: str | None = None,
+    stats: Mapping[str, float], *, rate_name: str, rate: float, tolerance: float, series: str | None = None
 ) -> list[str]:
     """Why the state that was carried along may not be what the formula needs.
 
-    Without a `tolerance`, 0.1 for full batches and 1 for minibatches, whose residuals are mostly noise:
-    above 1 the state does worse than q = 0. `series` names the field of an estimator whose q starts afresh
-    at each call, so that more calls do not help.
+    `series` names the field of an estimator whose q starts afresh at each call, so that more calls do not
+    help.
     """
-    limit = tolerance if tolerance is not None else 0.1 if batch_size is None else 1.0
-    on = "" if batch_size is None else f" (measured on {batch_size} rows, so in part noise)"
+    curvature = stats.get("curvature", 0.0)
     said = []
-    if stats.get("curvature", 0.0) < 0:
+    if curvature < 0:
         said.append(
-            f"the inner loss is not convex along q: curvature is {stats['curvature']:.3g}, and the linear "
-            "system has no stable solution there; add a ridge to inner_loss, or use bl.hypergrad.Mixed()"
+            f"the inner loss is not convex along q: curvature is {curvature:.3g}, and the linear system has "
+            "no stable solution there; add a ridge to inner_loss, or use bl.hypergrad.Mixed()"
         )
-    elif rate * stats.get("curvature", 0.0) >= 2:
+    elif rate * curvature >= 2:
         said.append(
-            f"{rate_name} = {rate:g} makes the linear system diverge: times the curvature "
-            f"{stats['curvature']:.3g} it must stay below 2; use {rate_name} = {1 / stats['curvature']:.2g}"
+            f"{rate_name} = {rate:g} makes the linear system diverge: times the curvature {curvature:.3g} it "
+            f"must stay below 2; use {rate_name} = {1 / curvature:.2g}"
         )
-    said += doubt_above(
-        stats,
-        "inner_residual_share",
-        # the share is at most 1 by construction: on minibatches only the first steps reach it
-        min(limit, 0.9),
-        f"the inner parameters have not settled{on}: carry the state through more calls, or raise the inner "
-        "rate or num_steps",
-    )
     remedy = (
         f"raise {series}"
         if series
         else "carry the state through more calls, or lower the outer learning rate"
     )
-    said += doubt_above(
-        stats, "linear_residual", limit, f"q is not solved for{on}: {remedy}, or change {rate_name}"
-    )
-    return said
+    on = ", noise taken out" if "linear_drift" in stats else ""
+    return [
+        *said,
+        *doubt_above(
+            without_noise(stats),
+            "inner_residual_share",
+            tolerance,
+            f"the inner parameters have not settled{on}: carry the state through more calls, or raise the "
+            "inner rate or num_steps",
+        ),
+        *doubt_above(
+            without_noise(stats),
+            "linear_residual",
+            tolerance,
+            f"q is not solved for{on}: {remedy}, or change {rate_name}",
+        ),
+    ]

@@ -35,7 +35,7 @@ class Soba:
         batch_size: rows drawn from each of support and query, along the leading axis of every leaf; both
             losses must be means over rows. None takes all of them. A row that has a meta-variable of its
             own (example weights) carries its index in the batch.
-        tolerance: the residual that `doubts` speaks of; None means 0.1, or 1 on minibatches.
+        tolerance: the residual, without its noise, that `doubts` speaks of.
 
     Raises:
         TypeError, ValueError: when the solver has no steps or not exactly one; when a field is out of range.
@@ -45,7 +45,9 @@ class Soba:
 
     Stats: `inner_residual` ‖∇φ gᵢ‖, `inner_residual_share` the same over the largest seen so far,
     `linear_residual` ‖∇²φφ gᵢ q − ∂φ fⱼ‖ / ‖∂φ fⱼ‖, `curvature` ⟨q, ∇²φφ gᵢ q⟩ / ⟨q, q⟩. They, `value` and
-    the problem's metrics are those of the rows drawn, at the φ that the call began with.
+    the problem's metrics are those of the rows drawn, at the φ that the call began with, and so are noisy.
+    On minibatches `inner_drift` and `linear_drift` are the cosines between the residuals of successive calls:
+    their mean is near 1 for a bias, and at or below 0 when only noise is left, which `doubts` takes out.
 
     Cost: about 4 gradients of a minibatch; memory of a few times dim φ. Nothing grows with the number of
     inner steps already taken, nor with dim θ. Biased while φ and q lag behind θ: not to be used in a single
@@ -69,13 +71,11 @@ class Soba:
 
     linear_rate: float
     batch_size: int | None = None
-    tolerance: float | None = None
+    tolerance: float = 0.1
 
     def __post_init__(self):
-        require_positive(self, linear_rate=self.linear_rate)
+        require_positive(self, linear_rate=self.linear_rate, tolerance=self.tolerance)
         require_batch_size(self, self.batch_size)
-        if self.tolerance is not None:
-            require_positive(self, tolerance=self.tolerance)
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
         """Needs a solver with one step."""
@@ -83,7 +83,8 @@ class Soba:
 
     def init(self, problem: Problem, solver: IterativeSolver, meta: Meta, task: Task, key: Key) -> Warm:
         """φ₀ and a q that is one step away from 0."""
-        return warm_start(problem, solver, meta, task, key, self.linear_rate)
+        noisy = self.batch_size is not None
+        return warm_start(problem, solver, meta, task, key, self.linear_rate, noisy)
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, Warm]:
         """One direction in θ, and the state after a step of φ and of q."""
@@ -93,12 +94,12 @@ class Soba:
         direct, slope = outer_parts(problem, params, meta, rows, outer_key)
         warn_of_leaves_out_of_sight(self, problem, params, meta, rows, key)
         products = inner_products(problem, params, meta, rows.support, step_key, state.q)
-        h, largest = implicit_hypergradient(direct, products, slope, state.q, state.largest_residual)
+        h, trail = implicit_hypergradient(direct, products, slope, state.q, state.trail)
         inner, _ = solver.step(
             problem, meta, rows, state.inner, step_key, given(products.loss, products.gradient)
         )
         q = linear_step(state.q, products.hessian_q, slope, self.linear_rate)
-        return h, Warm(inner, q, largest)
+        return h, Warm(inner, q, trail)
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
         """Why the estimate may be wrong, given its stats."""
@@ -106,6 +107,5 @@ class Soba:
             stats,
             rate_name="linear_rate",
             rate=self.linear_rate,
-            batch_size=self.batch_size,
             tolerance=self.tolerance,
         )

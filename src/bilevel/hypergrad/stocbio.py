@@ -71,14 +71,12 @@ class StocBiO:
     neumann_rate: float
     num_neumann: int = 10
     batch_size: int | None = None
-    tolerance: float | None = None
+    tolerance: float = 0.1
 
     def __post_init__(self):
-        require_positive(self, neumann_rate=self.neumann_rate)
+        require_positive(self, neumann_rate=self.neumann_rate, tolerance=self.tolerance)
         require_count(self, num_neumann=self.num_neumann)
         require_batch_size(self, self.batch_size)
-        if self.tolerance is not None:
-            require_positive(self, tolerance=self.tolerance)
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
         """Needs a solver with at least one step."""
@@ -86,7 +84,8 @@ class StocBiO:
 
     def init(self, problem: Problem, solver: IterativeSolver, meta: Meta, task: Task, key: Key) -> Warm:
         """φ₀."""
-        return warm_start(problem, solver, meta, task, key, self.neumann_rate)
+        noisy = self.batch_size is not None
+        return warm_start(problem, solver, meta, task, key, self.neumann_rate, noisy)
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, Warm]:
         """One direction in θ at the φ that the steps of this call have reached."""
@@ -108,8 +107,8 @@ class StocBiO:
         (_, total), _ = jax.lax.scan(term, (slope, slope), jnp.arange(self.num_neumann - 1))
         q = jax.tree.map(lambda t: self.neumann_rate * t, total)
         products = inner_products(problem, inner.params, meta, rows.support, step_key, q)
-        h, largest = implicit_hypergradient(direct, products, slope, q, state.largest_residual)
-        return h, Warm(inner, q, largest)
+        h, trail = implicit_hypergradient(direct, products, slope, q, state.trail)
+        return h, Warm(inner, q, trail)
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
         """Why the estimate may be wrong, given its stats."""
@@ -117,7 +116,6 @@ class StocBiO:
             stats,
             rate_name="neumann_rate",
             rate=self.neumann_rate,
-            batch_size=self.batch_size,
             tolerance=self.tolerance,
             series="num_neumann",
         )
