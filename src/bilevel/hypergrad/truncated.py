@@ -97,15 +97,15 @@ class Truncated:
     def solve(self, problem: Problem, solver: IterativeSolver, meta: Meta, task: Task, key: Key) -> Params:
         """The inner solution, differentiable in `meta` through the last steps only."""
         start = self._start(problem, solver, meta, task, key)
-        return self._finish(problem, solver, meta, task, start, key)[0].params
+        return self._finish(problem, solver, meta, task, start, key, self.adjoint)[0].params
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, tuple[()]]:
         """The truncated hypergradient of one task."""
         inner_key, outer_key = split_keys(key)
         meta = as_floats(meta)
 
-        def from_start(meta, start, last):
-            end, losses = self._finish(problem, solver, meta, task, start, inner_key)
+        def from_start(meta, start, last, adjoint=self.adjoint):
+            end, losses = self._finish(problem, solver, meta, task, start, inner_key, adjoint)
             params = optax.tree.add(end.params, last)
             value, stats = outer_objective(problem, params, meta, task, outer_key)
             return value, {"inner_loss": losses[-1], **stats} if solver.num_steps else stats
@@ -114,15 +114,17 @@ class Truncated:
             floats, rest = apart(self._start(problem, solver, meta, task, inner_key))
             return from_start(meta, joined(optax.tree.add(floats, first), rest), last)
 
-        # Zeros that are added where the loop is cut and at its end: their gradients are the adjoints there.
         shapes = jax.eval_shape(lambda: self._start(problem, solver, meta, task, inner_key))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), apart(shapes)[0])
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        # Zeros that are added where the loop is cut and at its end: their gradients are the adjoints there.
+        zeros, _ = apart(blank)
         cut = max(solver.num_steps - self.num_steps, 0)
         if cut:
-            start = self._start(problem, solver, meta, task, inner_key)
-            warn_of_zero_leaves(
-                self, lambda *args: from_start(*args)[0], meta, start, zeros.params, because=_OUT_OF_REACH
-            )
+
+            def reached(meta):  # in plain reverse: the trace of a mixed gradient mentions all of meta
+                return from_start(meta, blank, zeros.params, Unroll())[0]
+
+            warn_of_zero_leaves(self, reached, meta, because=_OUT_OF_REACH)
         run = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)
         (value, stats), (grad, first, last) = run(meta, zeros, zeros.params)
         share = ratio(norm(first.params), norm(last)) if cut else jnp.float32(0)
@@ -150,7 +152,7 @@ class Truncated:
         state = solver.init(problem, meta, task, init_key)
         return jax.lax.stop_gradient(run_steps(problem, solver, meta, task, state, step_key, cut)[0])
 
-    def _finish(self, problem, solver, meta, task, start, key) -> tuple[InnerState, jax.Array]:
+    def _finish(self, problem, solver, meta, task, start, key, adjoint) -> tuple[InnerState, jax.Array]:
         """The differentiated steps."""
         return run_steps(
             problem,
@@ -160,6 +162,6 @@ class Truncated:
             start,
             jax.random.split(key)[1],
             min(self.num_steps, solver.num_steps),
-            gradient=self.adjoint.gradient,
-            checkpoint=self.adjoint.checkpoint,
+            gradient=adjoint.gradient,
+            checkpoint=adjoint.checkpoint,
         )
