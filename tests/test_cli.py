@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bilevel as bl
 from bilevel.cli import main
 from bilevel.recipes import RECIPES, find_recipe
 from bilevel.recipes.config import from_fields, to_fields
@@ -133,6 +134,21 @@ def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(run, tmp_path, ca
     with pytest.warns(UserWarning, match=newest.name):
         assert main(["train", RECIPE, "--folder", str(copy), "--resume"]) == 0
     assert "12 outer steps" in capsys.readouterr().out
+
+
+def test_check_and_advise_answer_in_words(capsys, tmp_path, monkeypatch):
+    few = {"Mixed": bl.hypergrad.Mixed(), "FirstOrder": bl.hypergrad.FirstOrder()}
+    monkeypatch.setattr("bilevel.analysis.advise.candidates", lambda *args: few)  # all of them take a minute
+    assert main(["check", RECIPE, "--num-tasks", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "Trust it." and "finite differences" in out
+    page = tmp_path / "advice.html"
+    assert main(["advise", RECIPE, "--memory", "4GiB", "--out", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "Take " in out and "FirstOrder" in out and str(page) in out
+    assert "<svg" in page.read_text()
+    assert 'like "8GiB"' in fails(capsys, "advise", RECIPE, "--memory", "much")
+    assert "no recipe" in fails(capsys, "check", "maml-glyph")
 
 
 def test_help_and_version_need_no_run(capsys):

@@ -1,4 +1,4 @@
-"""The command line: bilevel train | eval | report | recipes | demo."""
+"""The command line: bilevel train | eval | check | advise | report | recipes | demo."""
 
 import contextlib
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 import bilevel as bl
+from bilevel.analysis.commands import run_advise, run_check
 from bilevel.recipes.config import RECIPES, find_recipe
 from bilevel.recipes.run import evaluate_run, read_config, saved_recipe, train_recipe
 
@@ -22,6 +23,8 @@ bilevel: learn how to learn
 
   bilevel train RECIPE [flags]   meta-train; `bilevel train RECIPE --help` lists every flag
   bilevel eval RUN [flags]       judge a run on fresh tasks of unseen classes
+  bilevel check RECIPE [flags]   is the recipe's hypergradient right? finite differences, in plain words
+  bilevel advise RECIPE [flags]  which estimator to take: error, time and memory of each
   bilevel report RUN...          one HTML page about a run, or comparing several
   bilevel recipes                the recipes there are
   bilevel demo                   train, evaluate and report maml-glyphs in a few minutes
@@ -155,6 +158,66 @@ def _eval(words: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Check:
+    recipe: tyro.conf.Positional[str]
+    """A recipe's name, or path/to/file.py:Name."""
+    num_tasks: int = 2
+    """Tasks the comparison is made on."""
+    repeats: int = 16
+    """Calls of an estimator that is random."""
+    tolerance: float = 1e-3
+    """The relative error up to which it is trusted."""
+    seed: int = 0
+    """Of the first meta and of the tasks."""
+
+
+def _check(words: list[str]) -> int:
+    parsed = _parse("bilevel check", _Check, words, "Hold a recipe's hypergradient against differences.")
+    report = run_check(
+        find_recipe(parsed.recipe)().build(),
+        seed=parsed.seed,
+        num_tasks=parsed.num_tasks,
+        repeats=parsed.repeats,
+        tolerance=parsed.tolerance,
+    )
+    print(report)
+    return int(report.trust == "no")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Advise:
+    recipe: tyro.conf.Positional[str]
+    """A recipe's name, or path/to/file.py:Name."""
+    memory: str | None = None
+    """At most this much for a batch, like 8GiB."""
+    seconds: float | None = None
+    """At most this long for a batch."""
+    num_tasks: int = 2
+    """Tasks the errors are measured on."""
+    repeats: int = 16
+    """Calls of an estimator that is random."""
+    task_chunk: int = 1
+    """Tasks computed side by side."""
+    seed: int = 0
+    """Of the first meta and of the tasks."""
+    out: Path | None = None
+    """Where to draw error against cost, an HTML page; not drawn when left out."""
+
+
+def _advise(words: list[str]) -> int:
+    parsed = _parse("bilevel advise", _Advise, words, "Compare the estimators on a recipe's problem.")
+    flags = dataclasses.asdict(parsed)
+    name, out = flags.pop("recipe"), flags.pop("out")
+    advice = run_advise(find_recipe(name)().build(), **flags)
+    print(advice)
+    if out is not None:
+        from bilevel.report.advice import write_advice  # matplotlib takes a second to import
+
+        print(f"drawn in {write_advice(advice, out, Path(name).name)}")
+    return int(advice.recommended is None)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Report:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders: one page about one, or comparing several."""
@@ -250,6 +313,8 @@ def _parse(prog: str, cls: Any, words: list[str], description: str | None) -> An
 _COMMANDS = {
     "train": _train,
     "eval": _eval,
+    "check": _check,
+    "advise": _advise,
     "report": _report,
     "recipes": _recipes,
     "demo": _demo,

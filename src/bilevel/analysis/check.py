@@ -153,7 +153,7 @@ def _report(learner, comparison, operations, traces, notes, narrow, tolerance, w
     ref, found, agreed = comparison.reference, comparison.estimates, comparison.agreement
     speak: Callable[[dict[str, float]], list[str]] = getattr(learner.estimator, "doubts", lambda stats: [])
     if ref.kinks:
-        notes += (f"the outer loss has a kink at this meta, along {ref.kinks} of {len(ref.slopes)} directions: "
+        notes += (f"the outer loss has a kink here, along {ref.kinks} of {len(ref.slopes)} directions: "
                   "there any estimator gives one of two slopes",)  # fmt: skip
     if found.stateful:
         notes += ("its state was warmed up by calls at this meta first: see the argument warmup",)

@@ -20,6 +20,7 @@ class LeafReport:
             not looked at.
         relative_error: of this leaf alone.
         zero: why its hypergradient is exactly zero; "" where it is not.
+        dropped: whether it is zero although its true derivative is not.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LeafReport:
     truth: float
     relative_error: float
     zero: str = ""
+    dropped: bool = False
 
 
 @dataclass(frozen=True)

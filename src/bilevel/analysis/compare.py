@@ -91,12 +91,14 @@ def _leaves(learner, meta, tasks, key, ref: Reference, found: Estimates, vectors
             off = abs(estimate - truth)
         else:
             estimate, truth, off = np.linalg.norm(mean[part]), float("nan"), float("nan")
-        zero = ""
+        zero, dropped = "", False
         if sizes[i] and not np.any(found.grads[:, part]):
             if ways is None:
                 ways = routes(learner.problem, learner.solver, meta, task_at(tasks, 0), key)
-            flat = not slope > 1e-7 * max(abs(ref.value), 1e-6) and not (exact is not None and truth > 0)
+            moves = slope > 1e-7 * max(abs(ref.value), 1e-6) or (exact is not None and truth > 0)
+            flat = None if np.isnan(slope) and exact is None else not moves
             zero = why_zero(type(learner.estimator).__name__, ways[path], flat)
+            dropped = bool(ways[path]) and flat is False
         error = off / abs(truth) if truth else (0.0 if off == 0 else float("inf"))
-        rows.append(LeafReport(name, sizes[i], float(estimate), float(truth), float(error), zero))
+        rows.append(LeafReport(name, sizes[i], float(estimate), float(truth), float(error), zero, dropped))
     return tuple(rows)

@@ -86,9 +86,9 @@ def directions(
 ) -> tuple[list[str], list[Any]]:
     """Directions to look along, and what each is of: every element, or random ones.
 
-    Up to `max_elements` elements each gets its own. Otherwise the first `count` ("") move all of `at`; after them
-    each leaf gets one of its own, named by its path, up to `max_leaves`: a short leaf cannot hide behind
-    a long one. Lengths follow the size of the elements.
+    Up to `max_elements` elements each gets its own. Otherwise the first `count` ("") move all of `at`; after
+    them each leaf gets one of its own, named by its path, up to `max_leaves`: a short leaf cannot hide
+    behind a long one. Lengths follow the size of the elements.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(at)
     scales = [jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(leaf))), 0.1) for _, leaf in leaves]

@@ -138,8 +138,8 @@ def reference(problem: Problem, solver: InnerSolver, meta: Meta, tasks: Task, ke
             source = f"the exact unroll, itself held against {source}" if verified else "the exact unroll"
         else:
             notes.append(
-                "the exact unroll disagrees with the differences: a derivative rule in the problem is not the "
-                "derivative of its value, or the loss is not smooth here"
+                "the exact unroll disagrees with the differences: a derivative rule in the problem is not "
+                "the derivative of its value, or the loss is not smooth here"
             )
     return Reference(
         value, tuple(names), flat_moves, slopes, vector, exact, source, draws, tuple(notes)

@@ -47,7 +47,7 @@ def _trace(function, args):
 
 def _same(a, b) -> bool:
     def equal(x, y):
-        if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         return np.array_equal(np.asarray(x), np.asarray(y), equal_nan=np.asarray(x).dtype.kind == "f")
 
@@ -62,8 +62,8 @@ def count_traces(learner: Learner, meta: Meta, task: Task, key: Key) -> list[str
     Cost: three traces; nothing is run.
     """
     problems = [
-        f"meta{jax.tree_util.keystr(path)} is weakly typed (a Python number): after the first update its type "
-        "changes and everything compiles a second time; make it jnp.float32(...)"
+        f"meta{jax.tree_util.keystr(path)} is weakly typed (a Python number): after the first update its "
+        "type changes and everything compiles a second time; make it jnp.float32(...)"
         for path, leaf in jax.tree_util.tree_leaves_with_path(meta)
         if isinstance(leaf, float | int) or getattr(leaf, "weak_type", False)
     ]
@@ -90,8 +90,8 @@ def count_traces(learner: Learner, meta: Meta, task: Task, key: Key) -> list[str
         problems.append("the inner loss is traced again for arguments of the same shapes and types")
     if _types(again) != _types(after) or _types(after[1]) != _types(state):
         problems.append(
-            f"{type(learner.estimator).__name__}'s state changes its shapes or types from one call to the next: "
-            "every outer step would compile again"
+            f"{type(learner.estimator).__name__}'s state changes its shapes or types from one call to the "
+            "next: every outer step would compile again"
         )
     return problems
 

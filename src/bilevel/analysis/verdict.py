@@ -1,5 +1,6 @@
 """From figures to plain words: trust it, trust it only if, do not trust it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,7 @@ def _wrong(comparison: Comparison, tolerance: float) -> list[str]:
         return [f"its hypergradient is not finite in {', '.join(bad) or 'some leaves'}"]
     said = [
         f"{names} exactly zero: {why}"
-        for names, why in zero_leaves(comparison.leaves, " gets", " get")
-        if "true derivative is not zero" in why
+        for names, why in zero_leaves([leaf for leaf in comparison.leaves if leaf.dropped], " gets", " get")
     ]
     error = agreed.relative_error
     if not _known(comparison) or not agreed.biased or error <= tolerance:
@@ -46,8 +46,10 @@ def _wrong(comparison: Comparison, tolerance: float) -> list[str]:
     if agreed.cosine <= 0:
         said.insert(0, f"it points the wrong way (cosine {agreed.cosine:.2g} with {ref.source})")
     elif error > WRONG_ERROR - 1e-6:
-        said.insert(0, f"it is off by {_percent(error)} of the gradient (cosine {agreed.cosine:.3g}, "
-                       f"{agreed.length:.3g} times the length along it), held against {ref.source}")  # fmt: skip
+        figures = f"cosine {agreed.cosine:.3g}, {agreed.length:.3g} times the length along it"
+        said.insert(
+            0, f"it is off by {_percent(error)} of the gradient ({figures}), held against {ref.source}"
+        )
     elif agreed.cosine < WRONG_COSINE:
         said.insert(0, f"its direction is off (cosine {agreed.cosine:.3g} with {ref.source})")
     if said and (own := _own_objective(comparison, tolerance)):
@@ -55,7 +57,7 @@ def _wrong(comparison: Comparison, tolerance: float) -> list[str]:
     return said
 
 
-def zero_leaves(leaves: tuple[LeafReport, ...], one: str, many: str) -> list[tuple[str, str]]:
+def zero_leaves(leaves: Sequence[LeafReport], one: str, many: str) -> list[tuple[str, str]]:
     """Leaves that are zero for the same reason, together: their names with a verb, and the reason."""
     groups: dict[str, list[str]] = {}
     for leaf in leaves:
@@ -92,8 +94,9 @@ def _conditions(comparison: Comparison, figures: dict[str, Any], tolerance: floa
         )
     elif not deterministic and agreed.noise > 0.5:
         said.append(
-            f"you average enough: one call's noise is {agreed.noise:.2g} times the gradient, and it is unbiased "
-            f"within {_percent(abs(agreed.bias) + agreed.bias_ci95)} as far as {len(found.grads)} calls can tell"
+            f"you average enough: one call's noise is {agreed.noise:.2g} times the gradient, and it is "
+            f"unbiased within {_percent(abs(agreed.bias) + agreed.bias_ci95)} as far as "
+            f"{len(found.grads)} calls can tell"
         )
     if _known(comparison) and not ref.reliable.any():
         said.append("agreeing with the unroll is enough: finite differences are unreliable here, because "

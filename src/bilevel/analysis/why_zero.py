@@ -50,13 +50,13 @@ def routes(
     return {path: frozenset(names) for path, names in found.items()}
 
 
-def why_zero(estimator: str, ways: frozenset[str], slope_is_zero: bool) -> str:
+def why_zero(estimator: str, ways: frozenset[str], slope_is_zero: bool | None) -> str:
     """One sentence on a leaf whose hypergradient is exactly zero.
 
     Args:
         estimator: its name.
         ways: what `routes` found for the leaf.
-        slope_is_zero: whether finite differences find no slope either.
+        slope_is_zero: whether finite differences find no slope either; None where they did not look.
 
     >>> why_zero("FirstOrder", frozenset(), True)
     'nothing reads it: its true derivative is zero'
@@ -68,10 +68,13 @@ def why_zero(estimator: str, ways: frozenset[str], slope_is_zero: bool) -> str:
             f"its true derivative is zero here too, though {_list(ways)} reads it: a dead unit, a saturated "
             "function, or an operation without a derivative"
         )
+    if slope_is_zero is None:
+        return f"{_list(ways)} reads it; whether its true derivative is zero could not be measured"
     if ways <= {"inner_loss", "inner solver"}:
         return (
-            f"it reaches the outer loss only through the inner loop (read by {_list(ways)}), whose derivative "
-            f"{estimator} drops; its true derivative is not zero. Use bl.hypergrad.Mixed() or Unroll()"
+            f"it reaches the outer loss only through the inner loop (read by {_list(ways)}), whose "
+            f"derivative {estimator} drops; its true derivative is not zero. Use bl.hypergrad.Mixed() or "
+            "Unroll()"
         )
     if ways == {"init"}:
         return (
@@ -80,8 +83,8 @@ def why_zero(estimator: str, ways: frozenset[str], slope_is_zero: bool) -> str:
             "solution to the start with a proximal term"
         )
     return (
-        f"{estimator} drops every way it reaches the outer loss by ({_list(ways)}); its true derivative is not "
-        "zero. Use bl.hypergrad.Mixed() or Unroll()"
+        f"{estimator} drops every way it reaches the outer loss by ({_list(ways)}); its true derivative is "
+        "not zero. Use bl.hypergrad.Mixed() or Unroll()"
     )
 
 
