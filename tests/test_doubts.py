@@ -1,4 +1,4 @@
-"""An estimator's doubts reach the user: at once, from compiled code, from the training loop, each kind once."""
+"""Doubts of an estimator reach the user: at once, from compiled code, from the loop, each kind once."""
 
 import warnings
 

@@ -29,22 +29,6 @@ NO_TASK = bl.Task(None, None)
 KEY = jax.random.key(0)
 case_of = cache(lambda name: PROBLEMS[name]())
 
-# The two adjoints on every problem; the other rows on problems that tell their variants apart.
-PAIRS = [
-    (row, problem)
-    for row, (_, promises) in ESTIMATORS.items()
-    for problem in PROBLEMS
-    if row in ("unroll", "mixed")
-    or (promises == "exact" and problem in ("quadratic-momentum-20", "quadratic-schedule-5"))
-    or (row.endswith("checkpoint-3") and problem == "dead-relu-rates-5")
-    or (promises != "exact" and problem in ("quadratic-schedule-5", "quadratic-momentum-20"))
-]
-
-
-@pytest.mark.parametrize(("row", "problem"), PAIRS)
-def test_table(row, problem):
-    assert_matches(ESTIMATORS[row].estimator, case_of(problem), ESTIMATORS[row].promises)
-
 
 def test_the_table_can_fail():
     case = case_of("quadratic-sgd-5")
@@ -92,7 +76,9 @@ def test_adam_equals_a_plain_loop(x64, num_steps):
     assert_derivative(lambda m: run(m).value, grad, meta)
 
 
-@pytest.mark.parametrize("row", ["unroll", "mixed", "mixed-checkpoint-3", "first-order", "multi-step"])
+@pytest.mark.parametrize(
+    "row", ["unroll", "mixed", "mixed-checkpoint-3", "mixed-tree", "forward", "first-order", "multi-step"]
+)
 def test_vmap_over_tasks_equals_one_by_one(x64, row):
     case, estimator = case_of("quadratic-momentum-20"), ESTIMATORS[row].estimator
     rng = np.random.default_rng(1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from bilevel.problem import Estimator
 
@@ -47,7 +48,7 @@ class Doubter:
         """Warn now, or, where the stats are still being traced, each time the compiled program has them."""
         if self._ask is None:
             return
-        if any(isinstance(value, jax.core.Tracer) for value in stats.values()):
+        if any(isinstance(value, Tracer) for value in stats.values()):
             jax.debug.callback(self, dict(stats))
         else:
             self(stats, stacklevel + 1)

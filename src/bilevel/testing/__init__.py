@@ -4,11 +4,15 @@ from bilevel.testing.conformance import (
     ESTIMATORS,
     PROBLEMS,
     Row,
+    applies,
     assert_close,
+    assert_expected,
     assert_matches,
+    assert_row,
     assert_trees_close,
 )
 from bilevel.testing.finite_differences import assert_derivative, gradient_by_differences
+from bilevel.testing.implicit_problems import implicit_quadratic, logistic, ridge_penalties
 from bilevel.testing.problems import Answer, Case, dead_relu, quadratic
 
 __all__ = [
@@ -17,11 +21,17 @@ __all__ = [
     "Answer",
     "Case",
     "Row",
+    "applies",
     "assert_close",
     "assert_derivative",
+    "assert_expected",
     "assert_matches",
+    "assert_row",
     "assert_trees_close",
     "dead_relu",
     "gradient_by_differences",
+    "implicit_quadratic",
+    "logistic",
     "quadratic",
+    "ridge_penalties",
 ]

@@ -34,6 +34,10 @@ class Case:
         first_order: the same with dφ_K/dφ₀ taken as the identity and no other path through the steps.
         every_step: of the mean of the outer losses after each step; None where there is no step.
         tolerance: how far, relative to the largest element, `exact` itself may be off.
+        converged: whether the solver ends at the minimum, so that implicit estimators are exact too.
+        quadratic: whether the outer loss after the solve is quadratic in meta, so that central differences of
+            any step, and with them evolution strategies of any σ, are unbiased.
+        condition: of the inner Hessian, about.
     """
 
     problem: Problem
@@ -44,6 +48,9 @@ class Case:
     first_order: Answer | None = None
     every_step: Answer | None = None
     tolerance: float = 1e-10
+    converged: bool = False
+    quadratic: bool = False
+    condition: float = 10.0
 
 
 def quadratic(num_steps: int, *, optimizer: str = "sgd", seed: int = 0) -> Case:
