@@ -127,6 +127,7 @@ def implicit_hypergradient(
 ) -> Hypergradient:
     """The hypergradient by one adjoint solve, with its residuals in `stats`."""
     inner_key, outer_key = split_keys(key)
+    meta, task = jax.tree.map(jnp.asarray, (meta, task))
     system = inner_system(problem, solver, meta, task, inner_key, linear_solver.system)
     warn_of_zeros(name, problem, system, meta, task, outer_key)
 
@@ -149,14 +150,13 @@ def implicit_hypergradient(
     b = jax.grad(outer)(system.params)
     q, info = linear_solver.solve(transposed, b, _linear_key(inner_key))
     size, residual = optax.tree.norm(b), optax.tree.norm(root(system.params))
-    left = optax.tree.norm(jax.tree.map(jnp.subtract, transposed(q), b))
-    # A solver that stops at once on NaN would answer zero: an unusable solution must not look like one.
+    product = transposed(q)
+    left = optax.tree.norm(jax.tree.map(jnp.subtract, product, b))
     usable = jnp.isfinite(residual) & jnp.isfinite(size)
-    q = jax.tree.map(lambda leaf: jnp.where(usable, leaf, jnp.nan), q)
     stats = {
         "inner_residual": residual,
         **system.stats,
-        "inner_error": inner_error(system, residual, q, b),
+        "inner_error": inner_error(system, residual, q, product),
         "linear_residual": jnp.where(size == 0, 0.0, left / size),
         **info,
     }
@@ -167,7 +167,10 @@ def implicit_hypergradient(
         # Adds nothing to the value, and −(∂θ R)ᵀ q to the gradient.
         return value - (pulled - jax.lax.stop_gradient(pulled)), {**more, **stats}
 
-    return differentiate(objective, meta)
+    h = differentiate(objective, meta)
+    # A solver that stops at once on NaN answers zero: an unusable solution must not look like a flat one.
+    grad = jax.tree.map(lambda leaf: jnp.where(usable, leaf, jnp.nan), h.grad)
+    return h._replace(grad=grad, stats={**h.stats, "finite": h.stats["finite"] * usable})
 
 
 def inner_doubts(name: str, stats: Mapping[str, float], tolerance: float) -> list[str]:
@@ -175,15 +178,22 @@ def inner_doubts(name: str, stats: Mapping[str, float], tolerance: float) -> lis
     residual, error = stats["inner_residual"], stats["inner_error"]
     if not stats["finite"]:
         return [
-            f"{name}: the inner solution or what follows from it is not finite (inner_residual {residual:.3g}), "
-            "so there is no hypergradient: the inner solver diverged. Lower its step size, or use "
+            f"{name}: the inner solution or what follows from it is not finite (inner_residual "
+            f"{residual:.3g}), so there is no hypergradient: the inner solver diverged. Lower its step size, or use "
             "bl.inner.Converged(...)"
         ]
+    said = []
+    if not stats.get("converged", 1.0) >= 1:
+        said.append(
+            f"{name}: the inner solver did not converge in {stats['num_steps']:.4g} steps (it did in "
+            f"{stats['converged']:.0%} of the tasks; inner_residual {residual:.3g}). Raise max_steps of "
+            "bl.inner.Converged, loosen the tolerance of its minimizer, or take another minimizer"
+        )
     if not error <= tolerance:
-        return [
+        said.append(
             f"{name}: the inner problem is not solved: the remaining inner gradient of norm {residual:.3g} "
             f"stands for a relative error of about {error:.2g} in params (inner_tolerance is {tolerance:g}). "
             "Take more inner steps, use bl.inner.Converged(...), or differentiate the steps that ran with "
             "bl.hypergrad.Mixed()"
-        ]
-    return []
+        )
+    return said

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.hypergrad.common import outer_objective
+from bilevel.hypergrad.common import largest_elements, outer_objective
 from bilevel.hypergrad.dependence import unused_leaves
 from bilevel.hypergrad.first_order import FirstOrderWarning
 from bilevel.hypergrad.implicit_function import frozen
@@ -112,24 +112,28 @@ def require_solution(estimator: object, solver: InnerSolver, system: str) -> Non
         )
 
 
-def inner_error(system: InnerSystem, residual: Scalar, q: Params, b: Params) -> Scalar:
+def inner_error(system: InnerSystem, residual: Scalar, q: Params, product: Params) -> Scalar:
     """How far φ is from the solution, relative to its size: an estimate that costs nothing.
 
-        |R| · (|q| / |b|) / max(|φ|, |φ − φ₀|)
+        |R| · (|q| / |A q|) / max(|φ|, |φ − φ₀|)
 
-    |b| / |q| is the curvature that the outer gradient meets, so |R| |q| / |b| is a distance. It does not change
-    when the inner loss, the outer loss or the parameters are scaled. 0 where R is; infinite where R is not
-    and b is zero, as after a divergence into a flat region.
+    |A q| / |q| is the curvature that the outer gradient meets, between the extreme singular values of A however
+    bad q is, so |R| |q| / |A q| is a distance. It does not change when the inner loss, the outer loss or the
+    parameters are scaled. 0 where R is; infinite where R is not and q is zero, as after a divergence into a
+    flat region.
     """
-    size, moved = optax.tree.norm(system.params), optax.tree.norm(_minus(system.params, system.start))
-    stiffness = optax.tree.norm(b) * jnp.maximum(size, moved)
+    scale = optax.tree.norm(system.params)
+    # A formula may have been given an `init` of another shape, which nothing reads.
+    if jax.tree.map(jnp.shape, system.start) == jax.tree.map(jnp.shape, system.params):
+        moved = jax.tree.map(jnp.subtract, system.params, system.start)
+        scale = jnp.maximum(scale, optax.tree.norm(moved))
+    # Of a series that has diverged the squares would overflow.
+    largest = jnp.max(largest_elements([q, product]))
+    q, product = jax.tree.map(lambda leaf: leaf / largest, (q, product))
+    stiffness = optax.tree.norm(product) * scale
     error = residual * optax.tree.norm(q) / stiffness
-    error = jnp.where(stiffness > 0, error, jnp.inf)
+    error = jnp.where((largest > 0) & (stiffness > 0), error, jnp.inf)
     return jnp.where(residual == 0, 0.0, error)
-
-
-def _minus(a, b):
-    return jax.tree.map(jnp.subtract, a, b)
 
 
 def warn_of_zeros(name: str, problem: Problem, system: InnerSystem, meta: Meta, task: Task, key: Key) -> None:

@@ -1,10 +1,11 @@
-"""Linear solvers of lineax for systems that are indefinite or not symmetric."""
+"""Linear solvers for systems that are indefinite or not symmetric, of jax.scipy."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.scipy.sparse import linalg as sparse
 
 from bilevel.hypergrad.linear_solvers import require_count, require_system
 
@@ -25,21 +26,19 @@ class Krylov:
         require_system(self.method, self.system)
 
     def solve(self, matvec, b, key):
-        """Through lineax, with the number of steps as the only limit."""
-        import lineax  # here and not above: `import bilevel` stays light
-
-        # It stops where rounding leaves nothing to gain; beyond, its recurrences break down.
-        rtol = 10 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
+        """Through jax.scipy, with the number of steps as the only limit but rounding."""
+        size = optax.tree.norm(b)
+        tolerance = 10 * float(jnp.finfo(size.dtype).eps)
         if self.method == "gmres":
             restart = min(self.restart or self.num_steps, self.num_steps)
             cycles = -(-self.num_steps // restart)
-            # lineax counts the first residual as a cycle.
-            solver = lineax.GMRES(rtol, 0.0, optax.tree.norm, cycles + 1, restart, cycles + 1)
+            x, _ = sparse.gmres(
+                matvec, b, tol=tolerance, restart=restart, maxiter=cycles, solve_method="incremental"
+            )
         else:
-            solver = lineax.BiCGStab(rtol, 0.0, optax.tree.norm, self.num_steps)
-        operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: b))
-        found = lineax.linear_solve(operator, b, solver, throw=False)
-        return found.value, {}
+            x, _ = sparse.bicgstab(matvec, b, tol=tolerance, maxiter=self.num_steps)
+        # Both answer zero to a right-hand side that is not finite.
+        return jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(size), leaf, jnp.nan), x), {}
 
     @property
     def remedy(self) -> str:
@@ -52,7 +51,7 @@ class Krylov:
 
 
 def gmres(num_steps: int, restart: int | None = None, *, system: str = "gradient") -> Krylov:
-    """Generalized minimal residual (lineax): for systems that are indefinite or not symmetric.
+    """Generalized minimal residual, for systems that are indefinite or not symmetric.
 
         q minimizes |A q − b| over span(b, Ab, ..., Aʲ⁻¹b)
 
@@ -64,7 +63,7 @@ def gmres(num_steps: int, restart: int | None = None, *, system: str = "gradient
     Raises:
         ValueError: for arguments out of range.
 
-    Cost: a product a step; j (or `restart`) vectors. Needs lineax.
+    Cost: a product a step; j (or `restart`) vectors.
 
     Reference: Saad, Schultz, 1986.
 
@@ -77,7 +76,7 @@ def gmres(num_steps: int, restart: int | None = None, *, system: str = "gradient
 
 
 def bicgstab(num_steps: int, *, system: str = "gradient") -> Krylov:
-    """Stabilized bi-conjugate gradients (lineax): systems that are not symmetric, in constant memory.
+    """Stabilized bi-conjugate gradients, for systems that are not symmetric, in constant memory.
 
     Args:
         num_steps: at least 1; the residual need not fall at every one.
@@ -86,7 +85,7 @@ def bicgstab(num_steps: int, *, system: str = "gradient") -> Krylov:
     Raises:
         ValueError: for arguments out of range.
 
-    Cost: two products a step; eight vectors. Needs lineax.
+    Cost: two products a step; eight vectors.
 
     Reference: van der Vorst, 1992.
 

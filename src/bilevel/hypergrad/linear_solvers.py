@@ -157,7 +157,8 @@ def direct(max_size: int = 2000, *, system: str = "gradient") -> Direct:
 
     Cost: p Hessian-vector products, p² memory, p³ / 3 operations.
 
-    >>> print(direct().solve(lambda v: jnp.array([[2.0, 1.0], [1.0, 3.0]]) @ v, jnp.array([3.0, 4.0]), None)[0])
+    >>> matvec = lambda v: jnp.array([[2.0, 1.0], [1.0, 3.0]]) @ v
+    >>> print(direct().solve(matvec, jnp.array([3.0, 4.0]), jax.random.key(0))[0])
     [1. 1.]
     """
     return Direct(max_size, system)

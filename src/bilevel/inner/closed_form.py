@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from bilevel.inner.solution import solution_keys, solution_stats
 from bilevel.problem import Batch, Key, Meta, Params, Problem, Solution, Task
@@ -73,7 +72,7 @@ def prototypes(embed: Callable[[Meta, jax.Array], jax.Array], num_classes: int) 
 
     Reference: Snell, Swersky, Zemel, 2017.
 
-    >>> import bilevel as bl
+    >>> import bilevel as bl, jax.numpy as jnp
     >>> problem = bl.Problem(lambda meta, key: jnp.zeros((2, 1)),
     ...                      lambda params, meta, batch, key: jnp.sum((batch[0] - params[batch[1]]) ** 2),
     ...                      lambda params, meta, batch, key: jnp.sum(params))
