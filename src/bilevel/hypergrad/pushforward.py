@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray, eval_jaxpr
+from jax.core import eval_jaxpr
 from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 from jax.interpreters import ad, batching, mlir
@@ -147,13 +147,13 @@ def _no_tangent(x):
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
+def _avals(apply, *avals, **params):
+    return jax.make_jaxpr(partial(apply, **params))(*avals).out_avals
+
+
 for _primitive, _apply, _jvp in ((_call_p, _call, _call_jvp), (_push_p, _push, _push_jvp)):
     _primitive.def_impl(_apply)
-    _primitive.def_abstract_eval(
-        lambda *avals, _apply=_apply, **params: [
-            ShapedArray(out.shape, out.dtype) for out in jax.eval_shape(partial(_apply, **params), *avals)
-        ]
-    )
+    _primitive.def_abstract_eval(partial(_avals, _apply))
     ad.primitive_jvps[_primitive] = _jvp
     batching.primitive_batchers[_primitive] = partial(_batch, _primitive)
     mlir.register_lowering(_primitive, mlir.lower_fun(_apply, multiple_results=True))
