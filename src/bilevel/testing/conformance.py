@@ -48,7 +48,7 @@ class Row(NamedTuple):
             inner problem is solved; "expected" is `exact` in the mean over independent calls.
         solver: in place of the case's, for estimators that bring their own inner loop along.
         calls: how many calls, each with the state of the one before, until the promise holds.
-        slow: it takes steps in proportion to the condition of the inner Hessian: not for ill-conditioned ones.
+        slow: its steps grow with the condition of the inner Hessian, so ill-conditioned cases are left out.
     """
 
     estimator: Estimator
