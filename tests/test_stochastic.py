@@ -1,4 +1,4 @@
-"""Single-loop stochastic estimators: exact where they settle, unbiased with the noise that theory predicts."""
+"""Single-loop stochastic estimators: exact where they settle, unbiased, as noisy as theory predicts."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -259,21 +259,11 @@ def test_the_outer_loop_finds_the_optimum(x64, name):
 
 
 def test_a_chunk_of_one_step_is_not_stopped_by_an_empty_state():
-    reference = ridge()
-    silent = replace(
-        reference.problem,
-        outer_loss=lambda params, meta, batch, key: jnp.mean((batch[0] @ params) ** 2 + params[0]),
-    )
-    learner = bl.Learner(silent, ONE, Soba(0.3))
-    sample = constant(reference)
-    meta = jax.tree.map(jnp.float32, reference.meta)
-    state = bl.init_state(
-        replace(learner, problem=replace(silent, init=lambda meta, key: jnp.ones(3))),
-        optax.sgd(0.1),
-        sample,
-        jax.random.key(0),
-        meta=meta,
-    )
+    """With q = 0 the first hypergradient would be exactly zero here, and `train` would stop."""
+    reference = weighted()
+    learner, sample = bl.Learner(reference.problem, ONE, Soba(0.3)), constant(reference)
+    meta = as_arrays(reference)[0]
+    state = bl.init_state(learner, optax.sgd(0.1), sample, jax.random.key(0), meta=meta)
     state = bl.train(learner, optax.sgd(0.1), sample, state, 2, options=bl.Options(chunk_size=1))
     assert state.step == 2
 
@@ -310,11 +300,11 @@ def test_one_call_is_not_enough_and_says_so(x64, name):
 def test_noise_alone_is_not_doubted_and_a_lag_within_the_noise_is(x64):
     """On minibatches the residuals stay large; their drift tells whether there is anything but noise."""
     reference, solver = weighted(), bl.inner.Gradient(optax.sgd(0.05), 1)
-    soba = Soba(0.05, batch_size=4)
+    soba = Soba(0.05, batch_size=16)
     state = settled(soba, solver, reference)
     h, state = repeat(soba, solver, reference, 1000, state=state)
     mean = jax.tree.map(lambda leaf: float(np.mean(leaf)), h.stats)
-    assert mean["linear_residual"] > 0.5 and mean["inner_residual_share"] > 0.2
+    assert mean["linear_residual"] > 0.5 and mean["inner_residual_share"] > 0.15
     assert mean["linear_drift"] < 0.02 and soba.doubts(mean) == []
 
     stuck = replace(soba, linear_rate=1e-6)  # q stays where it is: at 0 and away from the solution
@@ -428,7 +418,7 @@ def test_counts_must_be_positive():
 def test_saba_needs_batches_that_divide_the_rows():
     reference = ridge()
     meta, task = as_arrays(reference)
-    with pytest.raises(ValueError, match="must divide the 24 rows.*got 5; use 4 or 6, or leave 4 rows out"):
+    with pytest.raises(ValueError, match=r"must divide the 24 rows.*got 5; use 4 or 6, or leave 4 rows out"):
         bl.hypergradient(reference.problem, ONE, Saba(0.1, batch_size=5), meta, task, jax.random.key(0))
 
 

@@ -26,7 +26,7 @@ class FiniteDifference:
     Args:
         step_size: η, the rate of the step that stands for the whole inner loop.
         epsilon: ε, how far φ is moved in all (2-norm over all leaves).
-        tolerance: the asymmetry that `doubts` speaks of.
+        tolerance: the difference_error that `doubts` speaks of.
 
     Raises:
         ValueError: when a field is not positive.
@@ -34,9 +34,9 @@ class FiniteDifference:
     Warns:
         FirstOrderWarning: naming each leaf of meta that enters neither loss: its gradient is exactly zero.
 
-    Stats: `inner_residual` ‖∇φ g(φ)‖; `asymmetry`, how much the two halves of the difference disagree.
+    Stats: `inner_residual` ‖∇φ g(φ)‖; `difference_error`, the relative error of the difference as measured.
 
-    Cost: one inner solve and six gradients; memory independent of K and of dim θ; any solver. Biased: the
+    Cost: one inner solve and seven gradients; memory independent of K and of dim θ; any solver. Biased: the
     error of the difference is O(ε²) plus rounding of about 1e-7/ε in float32, and that of the identity is of
     order one: the length of the indirect part means little (its rate η is a tuning knob), its direction is
     right where ∇²φφ g is near a multiple of the identity.

@@ -27,7 +27,7 @@ class Sama:
 
     Args:
         epsilon: ε, how far φ is moved in all (2-norm over all leaves).
-        tolerance: the asymmetry that `doubts` speaks of.
+        tolerance: the difference_error that `doubts` speaks of.
 
     Raises:
         TypeError, ValueError: when the solver has no steps, or none to take; when a field is not positive.
@@ -35,11 +35,12 @@ class Sama:
     Warns:
         FirstOrderWarning: naming each leaf of meta that enters neither loss: its gradient is exactly zero.
 
-    Stats: `inner_residual` ‖∇φ g(φ_K)‖; `asymmetry`, how much the two halves of the difference disagree.
+    Stats: `inner_residual` ‖∇φ g(φ_K)‖; `difference_error`, the relative error of the difference as measured.
 
-    Cost: K inner gradients, one optimizer update and six more gradients; memory independent of K and of dim
-    θ. Parameters keep their types: in bfloat16 ε must be large enough for φ to move at all, which `asymmetry`
-    tells. Biased: the error of the difference is O(ε²), that of one step in place of all is of order one.
+    Cost: K inner gradients, one optimizer update and seven more gradients; memory independent of K and of dim
+    θ. Parameters keep their types: in bfloat16 ε must be large enough for φ to move at all, which
+    `difference_error` tells. Biased: the error of the difference is O(ε²), that of one step in place of all
+    is of order one.
 
     Reference: Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing, Making scalable meta learning practical,
     2023.
