@@ -233,3 +233,13 @@ def test_links_between_documents_resolve():
             if "://" not in link and not (path.parent / link).exists():
                 broken.append(f"{path.relative_to(ROOT)}: {link}")
     assert not broken, "\n".join(broken)
+
+
+def test_tests_named_in_documents_exist():
+    missing = []
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for file, name in re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", path.read_text(encoding="utf-8")):
+            there = ROOT / file
+            if not there.exists() or (name and f"def {name}(" not in there.read_text(encoding="utf-8")):
+                missing.append(f"{path.relative_to(ROOT)}: {file}::{name}")
+    assert not missing, "\n".join(missing)
