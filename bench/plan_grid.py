@@ -54,6 +54,7 @@ def row(net, width, examples, steps, tasks, chunk, way) -> dict[str, float]:
         x = jax.random.normal(x_key, (2, tasks, examples, 28, 28, 1))
         y = jnp.zeros((2, tasks, examples), jnp.int32)
     learner = bl.maml(model, loss, num_steps=steps, rates=0.01, estimator=estimator)
+    assert learner.init_meta is not None
     meta, batch = learner.init_meta(key), bl.Task((x[0], y[0]), (x[1], y[1]))
     compiled = compile_hypergradient(learner, meta, batch, chunk)
     memory = compiled_memory(compiled)

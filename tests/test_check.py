@@ -315,3 +315,24 @@ def test_a_problem_with_noise_of_its_own_is_compared_key_by_key():
     report = check(noisy_problem, solver, Mixed(), SCALAR, ONE_TASK, KEY)
     assert report.trust == "yes" and report.relative_error < 1e-6, str(report)
     assert check(noisy_problem, solver, scaled(0.5), SCALAR, ONE_TASK, KEY).trust == "no"
+
+
+def test_a_start_that_is_forgotten_is_no_fault_of_implicit_differentiation():
+    from bilevel.hypergrad.implicit import Implicit
+    from bilevel.hypergrad.linear_solvers import cg
+
+    case = quadratic(num_steps=400)
+    meta = jax.tree.map(jnp.float32, case.meta)
+    tasks = jax.tree.map(lambda leaf: jnp.float32(leaf)[None], case.task)
+    report = check(case.problem, case.solver, Implicit(cg(8)), meta, tasks, KEY)
+    assert report.trust == "if" and report.relative_error < 1e-6, str(report)
+    assert "an inner loop that has converged" in report.leaves[0].zero
+    # After 3 steps the start is not forgotten at all.
+    early = check(case.problem, replace(case.solver, num_steps=3), Implicit(cg(8)), meta, tasks, KEY)
+    assert early.trust == "no" and early.leaves[0].dropped and early.doubts, str(early)
+    assert "only through where the inner loop starts" in early.leaves[0].zero
+
+
+def test_a_random_direction_is_caught():
+    draw = Changed(lambda grad, key: {**grad, "init": jnp.array([1.0, -1.0, 1.0, -1.0]) * 50})
+    assert on_quadratic(draw).trust == "no"

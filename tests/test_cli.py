@@ -138,7 +138,9 @@ def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(run, tmp_path, ca
 
 def test_check_and_advise_answer_in_words(capsys, tmp_path, monkeypatch):
     few = {"Mixed": bl.hypergrad.Mixed(), "FirstOrder": bl.hypergrad.FirstOrder()}
-    monkeypatch.setattr("bilevel.analysis.advise.candidates", lambda *args: few)  # all of them take a minute
+    monkeypatch.setattr(
+        sys.modules["bilevel.analysis.advise"], "candidates", lambda *args: few
+    )  # all of them take a minute
     assert main(["check", RECIPE, "--num-tasks", "1"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "Trust it." and "finite differences" in out

@@ -91,7 +91,7 @@ def test_checkpoints_take_less_as_predicted():
 
     everything, root = peak(bl.hypergrad.Unroll()), peak(bl.hypergrad.Mixed(Sqrt()))
     mixed = peak(bl.hypergrad.Mixed())
-    assert root < mixed < everything
+    assert root < 0.8 * min(mixed, everything)
     assert peak(bl.hypergrad.Unroll(), chunk=2) > 1.3 * everything  # two tasks side by side
 
 

@@ -118,7 +118,7 @@ def advise(
 
     Cost: two compilations an estimator, and a few calls of each: a minute or so on a small problem.
 
-    >>> import bilevel as bl, optax
+    >>> import bilevel as bl, jax.numpy as jnp, optax
     >>> problem = bl.Problem(init=lambda meta, key: meta,
     ...                      inner_loss=lambda params, meta, batch, key: 0.5 * (params - batch) ** 2,
     ...                      outer_loss=lambda params, meta, batch, key: 0.5 * (params - batch) ** 2)

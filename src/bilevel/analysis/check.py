@@ -53,7 +53,7 @@ def check(
     Cost: 11 inner solves a direction, at most 30 directions, and `repeats` calls of the estimator; four
     compilations. Memory is that of the estimator and of the exact unroll, in float64.
 
-    >>> import bilevel as bl, optax
+    >>> import bilevel as bl, jax.numpy as jnp, optax
     >>> problem = bl.Problem(init=lambda meta, key: meta["init"],
     ...                      inner_loss=lambda params, meta, batch, key: 0.5 * (params - batch) ** 2,
     ...                      outer_loss=lambda params, meta, batch, key: 0.5 * (params - batch) ** 2)

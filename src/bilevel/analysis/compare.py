@@ -70,6 +70,17 @@ def _overall(ref: Reference, found: Estimates, vectors, slopes) -> Agreement:
     return agreement(claims[:, whole], right[:, whole], tests if len(claims) > 1 else None)
 
 
+def _is_flat(ref: Reference, places: list[int], exact, part: slice) -> bool | None:
+    """Whether the outer loss does not move with a leaf, beyond rounding; None where nobody looked."""
+    if places:
+        steepest = max((abs(s.value) for s in ref.slopes if s.reliable), default=0.0)
+        least = max(1e-6 * steepest, 1e-7 * abs(ref.value))
+        return all(abs(ref.slopes[j].value) <= least + 3 * ref.slopes[j].uncertainty for j in places)
+    if exact is not None:
+        return bool(np.linalg.norm(exact[part]) <= 1e-6 * np.linalg.norm(exact))
+    return None
+
+
 def _leaves(learner, meta, tasks, key, ref: Reference, found: Estimates, vectors) -> tuple[LeafReport, ...]:
     """Each leaf's part of the estimate and of the truth, and why it is zero where it is."""
     sizes = [np.size(leaf) for leaf in jax.tree.leaves(meta)]
@@ -82,7 +93,6 @@ def _leaves(learner, meta, tasks, key, ref: Reference, found: Estimates, vectors
     for i, (name, path) in enumerate(zip(leaf_names(meta), paths, strict=True)):
         part = slice(ends[i], ends[i + 1])
         places = [j for j, n in enumerate(ref.names) if n == path and ref.slopes[j].reliable]
-        slope = max((abs(ref.slopes[j].value) for j in places), default=float("nan"))
         if exact is not None:
             estimate, truth = np.linalg.norm(mean[part]), np.linalg.norm(exact[part])
             off = np.linalg.norm(mean[part] - exact[part])
@@ -95,8 +105,7 @@ def _leaves(learner, meta, tasks, key, ref: Reference, found: Estimates, vectors
         if sizes[i] and not np.any(found.grads[:, part]):
             if ways is None:
                 ways = routes(learner.problem, learner.solver, meta, task_at(tasks, 0), key)
-            moves = slope > 1e-7 * max(abs(ref.value), 1e-6) or (exact is not None and truth > 0)
-            flat = None if np.isnan(slope) and exact is None else not moves
+            flat = _is_flat(ref, places, exact, part)
             zero = why_zero(type(learner.estimator).__name__, ways[path], flat)
             dropped = bool(ways[path]) and flat is False
         error = off / abs(truth) if truth else (0.0 if off == 0 else float("inf"))

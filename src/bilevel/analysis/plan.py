@@ -155,7 +155,7 @@ def _hopeless(estimator: Estimator, chunk: int, attempts: list[Attempt]) -> bool
             return True
         if other.estimator == estimator and other.task_chunk <= chunk:
             return True
-        # Where Mixed runs, Unroll takes more.
+        # Where Mixed runs, Unroll takes more, or less by a few states at most.
         if isinstance(estimator, Unroll) and isinstance(other.estimator, Mixed) and not other.refusal:
             return True
     return False

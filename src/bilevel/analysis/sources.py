@@ -61,4 +61,4 @@ def _frames(eqn: Any) -> list[Any]:
 
 @cache
 def _is_library(file: str) -> bool:
-    return file.startswith((*_LIBRARIES, *_ENGINE)) or file.startswith("<")
+    return file.startswith((*_LIBRARIES, *_ENGINE)) or file.startswith("<frozen")

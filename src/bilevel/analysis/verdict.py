@@ -11,6 +11,7 @@ from bilevel.analysis.compare import Comparison
 # Above this relative error, or below this cosine, a hypergradient is called wrong rather than rough.
 WRONG_ERROR = 0.45
 WRONG_COSINE = 0.8
+NO_COSINE = 0.1
 
 
 def judge(comparison: Comparison, figures: dict[str, Any], tolerance: float) -> tuple[Trust, list[str]]:
@@ -43,7 +44,9 @@ def _wrong(comparison: Comparison, tolerance: float) -> list[str]:
         return said
     if not np.any(found.grads) and error > tolerance:
         return said or ["it is exactly zero, and the outer loss moves with meta"]
-    if agreed.cosine <= 0:
+    if abs(agreed.cosine) < NO_COSINE:
+        said.insert(0, f"it points nowhere near the gradient (cosine {agreed.cosine:.2g} with {ref.source})")
+    elif agreed.cosine < 0:
         said.insert(0, f"it points the wrong way (cosine {agreed.cosine:.2g} with {ref.source})")
     elif error > WRONG_ERROR - 1e-6:
         figures = f"cosine {agreed.cosine:.3g}, {agreed.length:.3g} times the length along it"

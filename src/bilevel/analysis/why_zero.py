@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from bilevel.hypergrad.dependence import unused_leaves
-from bilevel.problem import InnerSolver, Key, Meta, Problem, Task
+from bilevel.problem import InnerSolver, IterativeSolver, Key, Meta, Problem, Task
 
 
 def routes(
@@ -47,6 +47,11 @@ def routes(
         for path in paths:
             if path not in unused:
                 found[path].add(name)
+    if not isinstance(solver, IterativeSolver):
+        # A loop that runs to convergence hides what it reads: believe what the problem itself reads.
+        for names in found.values():
+            if len(names) > 1:
+                names.discard("inner solver")
     return {path: frozenset(names) for path, names in found.items()}
 
 
@@ -66,7 +71,8 @@ def why_zero(estimator: str, ways: frozenset[str], slope_is_zero: bool | None) -
     if slope_is_zero:
         return (
             f"its true derivative is zero here too, though {_list(ways)} reads it: a dead unit, a saturated "
-            "function, or an operation without a derivative"
+            "function, an operation without a derivative, or an inner loop that has converged and forgets its "
+            "start and its rates"
         )
     if slope_is_zero is None:
         return f"{_list(ways)} reads it; whether its true derivative is zero could not be measured"
