@@ -70,9 +70,9 @@ def why_zero(estimator: str, ways: frozenset[str], slope_is_zero: bool | None) -
         return "nothing reads it: its true derivative is zero"
     if slope_is_zero:
         return (
-            f"its true derivative is zero here too, though {_list(ways)} reads it: a dead unit, a saturated "
-            "function, an operation without a derivative, or an inner loop that has converged and forgets its "
-            "start and its rates"
+            f"its true derivative is zero here too, though {_list(ways)} reads it: a dead unit, a "
+            "saturated function, an operation without a derivative, or an inner loop that has converged and "
+            "forgets its start and its rates"
         )
     if slope_is_zero is None:
         return f"{_list(ways)} reads it; whether its true derivative is zero could not be measured"
