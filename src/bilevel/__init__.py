@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from bilevel import hypergrad, inner, learners, nets, tasks
+from bilevel.analysis import Advice, CheckReport, Plan, advise, check, plan
 from bilevel.hypergrad import FirstOrderWarning, HypergradientWarning, hypergradient
 from bilevel.learners import maml
 from bilevel.problem import Hypergradient, Learner, Problem, Solution, Task
@@ -23,6 +24,8 @@ from bilevel.train import (
 __version__ = _version("bilevel")
 
 __all__ = [
+    "Advice",
+    "CheckReport",
     "Evaluation",
     "FirstOrderWarning",
     "Hypergradient",
@@ -31,11 +34,14 @@ __all__ = [
     "Learner",
     "MetaState",
     "Options",
+    "Plan",
     "Problem",
     "Run",
     "Solution",
     "Task",
     "adapt",
+    "advise",
+    "check",
     "evaluate",
     "hypergrad",
     "hypergradient",
@@ -46,6 +52,7 @@ __all__ = [
     "mean_hypergradient",
     "meta_step",
     "nets",
+    "plan",
     "tasks",
     "train",
 ]
