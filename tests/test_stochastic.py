@@ -347,6 +347,7 @@ def test_saba_tells_that_its_task_has_changed(x64):
     assert "Soba for a stream of tasks" in estimator.doubts(floats(last(h.stats)))[0]
 
 
+@pytest.mark.filterwarnings("ignore::bilevel.FirstOrderWarning")
 @pytest.mark.parametrize("estimator", STEPPING, ids=lambda e: type(e).__name__)
 def test_leaves_out_of_sight_are_zero_and_named(x64, estimator):
     reference = ridge()
@@ -365,6 +366,7 @@ def test_leaves_out_of_sight_are_zero_and_named(x64, estimator):
 # What is refused
 
 
+@pytest.mark.filterwarnings("ignore::bilevel.FirstOrderWarning")
 @pytest.mark.parametrize("estimator", STEPPING, ids=lambda e: type(e).__name__)
 def test_refusals_name_the_fault_and_the_remedy(estimator):
     reference = ridge()

@@ -56,7 +56,7 @@ class FiniteDifference:
 
     step_size: float
     epsilon: float = 0.01
-    tolerance: float = 0.1
+    tolerance: float = 0.02
 
     def __post_init__(self):
         require_positive(self, step_size=self.step_size, epsilon=self.epsilon, tolerance=self.tolerance)

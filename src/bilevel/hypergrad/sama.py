@@ -56,7 +56,7 @@ class Sama:
     """
 
     epsilon: float = 0.01
-    tolerance: float = 0.1
+    tolerance: float = 0.02
 
     def __post_init__(self):
         require_positive(self, epsilon=self.epsilon, tolerance=self.tolerance)
