@@ -13,9 +13,10 @@ from bilevel.hypergrad.particles import (
     require_fields,
     require_steps,
     unborn,
+    window_doubts,
 )
 from bilevel.hypergrad.perturbation import noise_doubts
-from bilevel.problem import Hypergradient, InnerSolver, IterativeSolver, Problem
+from bilevel.problem import Hypergradient, InnerSolver, Problem
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class NRES:
         εᵢ ~ N(0, I) once a life,   g = 1/(2 N σ) Σᵢ (Lᵢ⁺ − Lᵢ⁻) εᵢ
 
     As `PES`, and for the same F(θ) = (1/K) Σₖ f(φₖ, θ), but a particle is moved by the same ε in all its
-    windows. The noise that weighs a loss does not pile up with the windows before it: where the
-    windows pull θ in one direction the variance is smaller than that of PES, up to n times for n windows.
+    windows. The noise that weighs a loss does not pile up with the windows before it: the variance of a call
+    does not grow with the age of a particle, as that of PES does where losses forget old windows.
 
     Args:
         sigma, num_pairs, truncation, staggered, chunk: as in `PES`.
@@ -37,7 +38,8 @@ class NRES:
 
     Cost: that of `PES`. The mean of g over the calls of a life is unbiased for the gradient of F smoothed by
     σ, here with one ε for all steps as in `EvolutionStrategies`; bias O(σ²) against F. Within a life the
-    errors of the calls are alike and do not average out: N pairs see N directions until lives end.
+    errors of the calls are alike and do not average out: N pairs see N directions until lives end, so
+    stagger them.
 
     State and stats: as in `PES`.
 
@@ -70,9 +72,7 @@ class NRES:
         """Needs a solver with steps, at least `truncation` of them."""
         require_steps(self, solver)
 
-    def estimate(
-        self, problem: Problem, solver: IterativeSolver, meta, task, state: Particles, key
-    ) -> tuple[Hypergradient, Particles]:
+    def estimate(self, problem, solver, meta, task, state: Particles, key) -> tuple[Hypergradient, Particles]:
         """The gradient of one window's losses, and the particles after it."""
 
         def remember(fresh, kept, newborn):
@@ -82,5 +82,6 @@ class NRES:
         return advance(self, problem, solver, meta, task, state, key, remember)
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
-        """Says so when noise dominates."""
-        return noise_doubts(self, stats, "num_pairs", "take more pairs")
+        """Says so when noise dominates, or only the first window was seen."""
+        noise = noise_doubts(self, stats, "num_pairs", "take more pairs")
+        return noise + window_doubts(self, stats)

@@ -5,7 +5,7 @@ A particle is an inner loop at θ + σε and one at θ − σε. Every call adva
 moves a particle in a window, and which noise its difference of losses is multiplied with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +72,19 @@ def num_windows(estimator: Any, solver: IterativeSolver) -> int:
     return -(-solver.num_steps // estimator.truncation)
 
 
-def unborn(estimator, problem: Problem, solver: IterativeSolver, meta, task: Task, key: Key) -> Particles:
+def window_doubts(estimator: Any, stats: Mapping[str, float]) -> list[str]:
+    """What to say when only the first window of the inner loop was seen."""
+    windows = stats.get("num_windows", 1)
+    if windows <= 1 or stats["window"] > 0:
+        return []
+    return [
+        f"{type(estimator).__name__}: this hypergradient is that of the first of {windows:.0f} windows "
+        f"alone, {estimator.truncation} inner steps. The mean over {windows:.0f} calls is that of the whole "
+        "inner loop: hand the state from call to call, as bl.train does, or use truncation=num_steps"
+    ]
+
+
+def unborn(estimator, problem, solver, meta, task, key) -> Particles:
     """Particles that the first call starts; their inner states only fix shapes."""
     meta = as_floats(meta)
     count, windows = estimator.num_pairs, num_windows(estimator, solver)
@@ -143,6 +155,7 @@ def advance(
     stats = {
         **stats,
         "window": jnp.mean(state.window, dtype=value.dtype),
+        "num_windows": jnp.asarray(num_windows(estimator, solver), value.dtype),
         **error_stats(count * squares, grad, count),
         **gradient_stats(value, grad),
     }

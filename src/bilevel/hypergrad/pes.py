@@ -13,9 +13,10 @@ from bilevel.hypergrad.particles import (
     require_fields,
     require_steps,
     unborn,
+    window_doubts,
 )
 from bilevel.hypergrad.perturbation import noise_doubts
-from bilevel.problem import Hypergradient, InnerSolver, IterativeSolver, Problem
+from bilevel.problem import Hypergradient, InnerSolver, Problem
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ class PES:
         ValueError: when a field is not positive, or `truncation` exceeds `solver.num_steps`.
 
     Cost: 2N · truncation inner steps a call, forward only, and 2N starts; memory 2N inner states, independent
-    of K. The variance grows with dim θ and with n, and falls as 1/N. Unbiased for the smoothed F, bias
+    of K. The variance of a call falls as 1/N and grows with dim θ and the windows a particle has lived, about
+    (t dim θ + 1) |∇L|² / N at the t-th where losses forget older windows. Unbiased for the smoothed F, bias
     O(σ²) against F.
 
     State: `Particles`. A life keeps the key it began with; step k draws from it as `solver.solve` would.
     When the task changes between calls the particles go on with the new batch, as online training does.
     `value` and the other stats are means over the particles at their moved θ; `stats["window"]` is the mean
-    index of the window; `stats["standard_error"]` the error of g as a multiple of its length.
+    index of the window, of `stats["num_windows"]`; `stats["standard_error"]` the error of g as a multiple
+    of its length.
 
     Reference: Vicol, Metz, Sohl-Dickstein, Unbiased gradient estimation in unrolled computation graphs with
     persistent evolution strategies, 2021.
@@ -84,9 +87,7 @@ class PES:
         """Needs a solver with steps, at least `truncation` of them."""
         require_steps(self, solver)
 
-    def estimate(
-        self, problem: Problem, solver: IterativeSolver, meta, task, state: Particles, key
-    ) -> tuple[Hypergradient, Particles]:
+    def estimate(self, problem, solver, meta, task, state: Particles, key) -> tuple[Hypergradient, Particles]:
         """The gradient of one window's losses, and the particles after it."""
 
         def remember(fresh, total, newborn):
@@ -96,5 +97,6 @@ class PES:
         return advance(self, problem, solver, meta, task, state, key, remember)
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
-        """Says so when noise dominates."""
-        return noise_doubts(self, stats, "num_pairs", "take more pairs or a longer truncation")
+        """Says so when noise dominates, or only the first window was seen."""
+        noise = noise_doubts(self, stats, "num_pairs", "take more pairs or a longer truncation")
+        return noise + window_doubts(self, stats)

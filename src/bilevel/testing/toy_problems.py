@@ -77,7 +77,7 @@ def influence_balancing(num_steps: int = 3000) -> Toy:
 
     A has ½ on and above its diagonal, s ∈ R²³, s₀ = 1. What enters at component j reaches s₁ after j steps:
     the +1s at once, the −1s late. In the limit s₁ = 2 (10 − 13) θ = −6 θ, so θ* = −1/6, and a window of up to
-    about ten steps sees the derivative with the wrong sign. θ starts at ½, where the limit of f is 8.
+    forty steps sees the derivative with the wrong sign. θ starts at ½, where the limit of f is 8.
 
     Reference: Tallec, Ollivier, Unbiased online recurrent optimization, 2017.
 
