@@ -19,7 +19,7 @@ demo: .venv/.installed ## train MAML on synthetic glyphs and write its report, i
 	$(BIN)/bilevel demo
 
 test: .venv/.installed ## all tests, and the examples in the docstrings
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: .venv/.installed ## lint, format, types, layering and docs
 	$(BIN)/ruff check .
