@@ -101,8 +101,9 @@ def test_the_reference_agrees_with_differences(x64):
     assert_trees_close("grad", got.grad, grad, 1e-7)
 
 
-@pytest.mark.parametrize("truncation", [1, 2, 3, 7])
-@pytest.mark.parametrize("kind", [PES, NRES])
+@pytest.mark.parametrize(
+    ("kind", "truncation"), [(PES, 1), (PES, 2), (PES, 3), (PES, 7), (NRES, 1), (NRES, 3)]
+)
 def test_unbiased_for_every_truncation(x64, kind, truncation):
     problem, solver, meta = linear()
     h = lives(kind(0.3, 2, truncation), problem, solver, meta)
@@ -111,7 +112,7 @@ def test_unbiased_for_every_truncation(x64, kind, truncation):
     assert np.any(z_scores(h.grad, jax.tree.map(lambda g: 1.5 * g, expected.grad)) > Z)
 
 
-@pytest.mark.parametrize("truncation", [1, 2, 3])
+@pytest.mark.parametrize("truncation", [1, 3])
 def test_truncated_evolution_strategies_are_biased(x64, truncation):
     problem, solver, meta = linear()
     expected = exact(problem, solver, meta).grad
@@ -143,8 +144,7 @@ def test_one_step_is_evolution_strategies(x64, kind):
 # A life
 
 
-@pytest.mark.parametrize("truncation", [1, 2, 3, 7])
-@pytest.mark.parametrize("kind", [PES, NRES])
+@pytest.mark.parametrize(("kind", "truncation"), [(PES, 1), (PES, 3), (PES, 7), (NRES, 3)])
 def test_a_life_is_a_solve(x64, kind, truncation):
     """Noisy starts and gradients: step for step the loop that `solve` runs with the first call's key."""
     problem, solver, meta = linear(noise=1.0)
@@ -161,8 +161,7 @@ def test_a_life_is_a_solve(x64, kind, truncation):
     assert_close("windows", h.stats["window"], np.arange(len(keys)), 0)
 
 
-@pytest.mark.parametrize("truncation", [2, 3, 7])
-@pytest.mark.parametrize("kind", [PES, NRES])
+@pytest.mark.parametrize(("kind", "truncation"), [(PES, 2), (PES, 3), (NRES, 3)])
 def test_the_next_life_knows_nothing_of_the_last(x64, kind, truncation):
     problem, solver, meta = linear(noise=1.0)
     estimator = kind(0.3, 3, truncation)
@@ -208,7 +207,7 @@ def test_staggered_particles_see_all_windows_at_once(x64):
     assert np.all(z_scores(h.grad, exact(problem, solver, meta).grad) < Z)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+@pytest.mark.parametrize("chunk", [1, 2])
 def test_chunks_change_nothing(x64, chunk):
     problem, solver, meta = linear(noise=1.0)
     keys = jax.random.split(KEY, 5)
