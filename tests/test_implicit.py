@@ -27,6 +27,7 @@ KEY = jax.random.key(0)
 quiet = pytest.mark.filterwarnings(
     "ignore::bilevel.hypergrad.doubts.HypergradientWarning", "ignore::bilevel.FirstOrderWarning"
 )
+CG2, DIRECT = Implicit(cg(2)), Implicit(direct())
 LINEAR_SOLVERS = {
     "cg": cg(30),
     "gmres": gmres(6),
@@ -41,6 +42,10 @@ def floats(stats):
     return {name: float(value) for name, value in stats.items()}
 
 
+def run(problem, solver, estimator, meta, task):
+    return jax.jit(lambda m, t: bl.hypergradient(problem, solver, estimator, m, t, KEY))(meta, task)
+
+
 def arrays(case):
     return jax.tree.map(jnp.asarray, (case.meta, case.task))
 
@@ -52,10 +57,9 @@ def arrays(case):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        *((name, problem) for name in ("cg", "direct", "gmres") for problem in IMPLICIT_PROBLEMS),
-        *((name, "logistic") for name in ("bicgstab", "nystrom")),
-        ("bicgstab", "implicit-quadratic-ill-conditioned"),
-        ("neumann", "implicit-quadratic"),
+        *(("cg", problem) for problem in IMPLICIT_PROBLEMS),
+        *((name, "logistic") for name in ("direct", "bicgstab", "nystrom")),
+        ("gmres", "implicit-quadratic-ill-conditioned"),
         ("neumann", "ridge-penalties"),
     ],
 )
@@ -82,19 +86,17 @@ def test_the_logistic_answer_agrees_with_differences(x64):
 
 
 @quiet
-@pytest.mark.parametrize("inner", ["gradient", "momentum", "adam", "bfgs", "newton"])
+@pytest.mark.parametrize("inner", ["momentum", "adam", "bfgs"])
 def test_how_the_solution_was_found_does_not_matter(x64, inner):
     case = logistic()
     meta, task = arrays(case)
     tight = {"rtol": 1e-12, "atol": 1e-12}
     solver = {
-        "gradient": bl.inner.Gradient(optax.sgd(2.0), 3000),
         "momentum": bl.inner.Gradient(optax.sgd(1.0, momentum=0.8, nesterov=True), 1500),
         "adam": bl.inner.Gradient(optax.adam(optax.exponential_decay(0.1, 30, 0.8)), 1500),
         "bfgs": Converged(optimistix.BFGS(**tight)),
-        "newton": Converged(optimistix.Newton(**tight)),
     }[inner]
-    h = jax.jit(lambda m: bl.hypergradient(case.problem, solver, Implicit(cg(4)), m, task, KEY))(meta)
+    h = run(case.problem, solver, Implicit(cg(4)), meta, task)
     assert_trees_close("grad", h.grad, case.exact.grad, 1e-7)
     assert h.stats["inner_error"] < 1e-8 and h.stats["linear_residual"] < 1e-7
     assert Implicit(cg(4)).doubts(floats(h.stats)) == []
@@ -105,15 +107,15 @@ def test_how_the_solution_was_found_does_not_matter(x64, inner):
 
 @quiet
 def test_optimistix_inexact_inner_solution_is_told(x64):
-    """Optimistix gives 178% / 16% / 0.1% off after 5 / 20 / 100 inner steps, without a word. Here the estimated
-    error is within a factor of three of the true one, and the doubt names it until it is small."""
+    """Optimistix gives 178% / 16% / 0.1% off after 5 / 20 / 100 inner steps, without a word. Here the
+    estimated error is within a factor of three of the true one, and the doubt names it until it is small."""
     case = implicit_quadratic()
     meta, task = arrays(case)
     estimator = Implicit(cg(10))
     told = []
     for num_steps in (0, 5, 20, 100):
         solver = bl.inner.Gradient(optax.sgd(0.2), num_steps)
-        h = jax.jit(lambda m, s=solver: bl.hypergradient(case.problem, s, estimator, m, task, KEY))(meta)
+        h = run(case.problem, solver, estimator, meta, task)
         exact = case.solver.solve(case.problem, meta, task, KEY).params
         reached = solver.solve(case.problem, meta, task, jax.random.split(KEY)[0]).params
         scale = max(optax.tree.norm(reached), optax.tree.norm(optax.tree.sub(reached, meta["init"])))
@@ -135,7 +137,7 @@ def test_the_estimated_error_does_not_depend_on_scales(x64):
     case = implicit_quadratic()
     meta, task = arrays(case)
     solver = bl.inner.Gradient(optax.sgd(0.2), 5)
-    plain = bl.hypergradient(case.problem, solver, Implicit(cg(3)), meta, task, KEY).stats
+    plain = run(case.problem, solver, Implicit(cg(3)), meta, task).stats
     inner, outer = case.problem.inner_loss, case.problem.outer_loss
     scaled = replace(
         case.problem,
@@ -143,7 +145,7 @@ def test_the_estimated_error_does_not_depend_on_scales(x64):
         outer_loss=lambda *args: 1e-3 * outer(*args),
     )
     slower = bl.inner.Gradient(optax.sgd(0.2e-4), 5)
-    other = bl.hypergradient(scaled, slower, Implicit(cg(3)), meta, task, KEY).stats
+    other = run(scaled, slower, Implicit(cg(3)), meta, task).stats
     assert_close("inner_error", other["inner_error"], plain["inner_error"], 1e-9)
     assert_close("linear_residual", other["linear_residual"], plain["linear_residual"], 1e-9)
     shrunk = replace(
@@ -153,7 +155,7 @@ def test_the_estimated_error_does_not_depend_on_scales(x64):
         outer_loss=lambda params, *rest: outer(jax.tree.map(lambda leaf: 1e3 * leaf, params), *rest),
     )
     slower = bl.inner.Gradient(optax.sgd(0.2e-6), 5)
-    other = bl.hypergradient(shrunk, slower, Implicit(cg(3)), meta, task, KEY).stats
+    other = run(shrunk, slower, Implicit(cg(3)), meta, task).stats
     assert_close("inner_error", other["inner_error"], plain["inner_error"], 1e-9)
 
 
@@ -168,26 +170,29 @@ def _diverging():
 
 
 @quiet
-@pytest.mark.parametrize("name", [*LINEAR_SOLVERS, "fixed_point"])
+@pytest.mark.parametrize("name", ["cg", "gmres", "direct", "nystrom", "fixed_point"])
 def test_jaxopt_diverged_inner_solve_is_no_silent_zero(name):
     """JAXopt 0.8.5 returns a hypergradient of exactly 0 and no error."""
     problem, meta, task = _diverging()
     linear_solver = {**LINEAR_SOLVERS, "fixed_point": fixed_point(5), "nystrom": nystrom(2, 0.1)}[name]
-    for num_steps in (3, 4, 5, 30):
+    for num_steps in (3, 30) if name == "cg" else (30,):
         solver = bl.inner.Gradient(optax.sgd(0.1), num_steps)
         estimator = Implicit(linear_solver)
-        h = bl.hypergradient(problem, solver, estimator, meta, task, KEY)
+        h = run(problem, solver, estimator, meta, task)
         said = estimator.doubts(floats(h.stats))
         assert said, floats(h.stats)
-        if num_steps > 4:
+        if num_steps == 30:
             assert h.stats["finite"] == 0 and "diverged" in said[0] and "step size" in said[0]
             assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(h.grad))
+
+    if name not in ("cg", "gmres"):
+        return
 
     def value(meta):
         params = estimator.solve(problem, solver, meta, task, KEY)
         return problem.outer_loss(params, meta, None, KEY)
 
-    assert np.all(np.isnan(jax.grad(value)(meta)["shift"]))
+    assert np.all(np.isnan(jax.jit(jax.grad(value))(meta)["shift"]))
 
 
 @quiet
@@ -204,10 +209,10 @@ def test_a_divergence_into_a_flat_region_is_told():
     assert "inner problem is not solved" in Implicit(cg(2)).doubts(floats(h.stats))[0]
 
 
-@pytest.mark.parametrize("name", LINEAR_SOLVERS)
+@pytest.mark.parametrize("name", ["cg", "direct", "gmres", "neumann"])
 def test_jaxopt_jvp_and_hessian_through_the_solution(x64, name):
-    """They fail through JAXopt's `custom_vjp`. Here forward, reverse and all four second derivatives agree with
-    those through 400 unrolled steps."""
+    """They fail through JAXopt's `custom_vjp`. Here forward, reverse and all four second derivatives agree
+    with those through 400 unrolled steps."""
     a = jnp.asarray(np.diag([1.0, 1.5, 2.0, 2.5]) + 0.2)
     problem = bl.Problem(
         init=lambda meta, key: jnp.zeros(4),
@@ -227,18 +232,19 @@ def test_jaxopt_jvp_and_hessian_through_the_solution(x64, name):
         return of_meta
 
     ours, reference = value(Implicit(LINEAR_SOLVERS[name])), value(Unroll())
+    expected = jax.jit(jax.grad(reference))(meta)
+    assert_trees_close("reverse", jax.jit(jax.grad(ours))(meta), expected, 1e-8)
+    assert_trees_close("forward", jax.jit(jax.jacfwd(ours))(meta), expected, 1e-8)
+    if name not in ("cg", "direct"):
+        return
     expected = jax.jit(jax.hessian(reference))(meta)
-    tolerance = 1e-8
-    for first in (jax.grad, jax.jacfwd):
-        assert_trees_close("gradient", jax.jit(first(ours))(meta), jax.grad(reference)(meta), tolerance)
-    modes = {
-        "reverse over reverse": jax.jacrev(jax.jacrev(ours)),
-        "forward over reverse": jax.jacfwd(jax.jacrev(ours)),
-        "reverse over forward": jax.jacrev(jax.jacfwd(ours)),
-        "forward over forward": jax.jacfwd(jax.jacfwd(ours)),
-    }
-    for mode, hessian in modes.items() if name in ("cg", "direct") else [*modes.items()][:2]:
-        assert_trees_close(mode, jax.jit(hessian)(meta), expected, tolerance)
+    modes = {"forward over reverse": jax.jacfwd(jax.jacrev(ours))}
+    if name == "cg":
+        modes["reverse over reverse"] = jax.jacrev(jax.jacrev(ours))
+        modes["reverse over forward"] = jax.jacrev(jax.jacfwd(ours))
+        modes["forward over forward"] = jax.jacfwd(jax.jacfwd(ours))
+    for mode, hessian in modes.items():
+        assert_trees_close(mode, jax.jit(hessian)(meta), expected, 1e-8)
 
 
 def test_third_derivatives_of_the_solution(x64):
@@ -257,7 +263,7 @@ def test_third_derivatives_of_the_solution(x64):
 
 @pytest.mark.parametrize("estimator", [Implicit(cg(5)), OneStep(0.2)])
 def test_optimistix_zero_for_the_initial_point_is_told(estimator):
-    """The gradient with respect to the initial point is exactly 0 through Optimistix, which does not say so."""
+    """The gradient with respect to the initial point is exactly 0 through Optimistix, without a word."""
     problem = bl.Problem(
         init=lambda meta, key: meta["init"],
         inner_loss=lambda params, meta, batch, key: jnp.sum((params - meta["tie"]) ** 2) + meta["added"],
@@ -268,12 +274,12 @@ def test_optimistix_zero_for_the_initial_point_is_told(estimator):
     names = (
         r"meta\['added'\], meta\['init'\], meta\['rate'\] a hypergradient of exactly zero.*proximal.*Mixed"
     )
-    run = jax.jit(lambda m: bl.hypergradient(problem, solver, estimator, m, bl.Task(None, None), KEY))
+    compiled = jax.jit(lambda m: bl.hypergradient(problem, solver, estimator, m, bl.Task(None, None), KEY))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.hypergrad.HypergradientWarning)
         with pytest.warns(bl.FirstOrderWarning, match=f"{type(estimator).__name__} gives {names}") as record:
-            h = run(meta)
-            run(meta)
+            h = compiled(meta)
+            compiled(meta)
     assert len([w for w in record if w.category is bl.FirstOrderWarning]) == 1
     assert h.grad["init"].sum() == h.grad["rate"] == h.grad["added"] == 0 and h.grad["tie"] != 0
     assert h.stats["zero_leaves"] == 3
@@ -282,9 +288,11 @@ def test_optimistix_zero_for_the_initial_point_is_told(estimator):
     with warnings.catch_warnings():
         warnings.simplefilter("error", bl.FirstOrderWarning)
         warnings.simplefilter("ignore", bl.hypergrad.HypergradientWarning)
-        meta = {name: meta[name] for name in ("init", "tie", "outer")}
-        solver = bl.inner.Gradient(optax.sgd(0.3), 100)
-        h = bl.hypergradient(tied, solver, estimator, meta, bl.Task(None, None), KEY)
+        meta = {name: leaf for name, leaf in meta.items() if name != "rate"}
+        tied = replace(tied, outer_loss=lambda params, meta, *rest: jnp.sum(params**2) * meta["added"])
+        solver = bl.inner.Gradient(optax.sgd(0.2), 100)
+        meta.pop("outer")
+        h = run(tied, solver, estimator, meta, bl.Task(None, None))
     assert np.all(h.grad["init"])
 
 
@@ -294,13 +302,19 @@ def test_negative_curvature_is_told(x64):
     problem = bl.Problem(
         init=lambda meta, key: jnp.zeros(2),
         inner_loss=lambda params, meta, batch, key: params[0] ** 2 - params[1] ** 2 + params @ meta,
-        outer_loss=lambda params, meta, batch, key: jnp.sum((params - 1) ** 2),
+        outer_loss=lambda params, meta, batch, key: jnp.sum((params - batch) ** 2),
     )
     solver = Converged(optimistix.Newton(1e-8, 1e-8))
+
+    def said(estimator, target):
+        h = run(problem, solver, estimator, jnp.zeros(2), bl.Task(None, jnp.array(target)))
+        return " ".join(estimator.doubts(floats(h.stats)))
+
     for estimator in (Implicit(cg(5)), Implicit(nystrom(2, 1e-3))):
-        h = bl.hypergradient(problem, solver, estimator, jnp.zeros(2), bl.Task(None, None), KEY)
-        said = " ".join(estimator.doubts(floats(h.stats)))
-        assert "negative curvature (-2)" in said and "no minimum of the inner loss" in said
+        assert "negative curvature (-" in said(estimator, [1.0, 3.0])
+        assert "no minimum of the inner loss" in said(estimator, [1.0, 3.0])
+    # Along (1, 1) the curvature is exactly zero: cg cannot even begin.
+    assert "no positive curvature" in said(Implicit(cg(5)), [1.0, 1.0])
 
 
 # The system of the update
@@ -311,33 +325,30 @@ def test_negative_curvature_is_told(x64):
     "linear_solver", [fixed_point(300), gmres(4, system="update"), direct(system="update")]
 )
 def test_a_fixed_point_that_is_no_minimum(x64, linear_solver):
-    """Weight decay in the optimizer: the steps settle where ∇g = −λ φ. The update's own system is right there;
-    that of the inner gradient is not, and says so."""
+    """Weight decay in the optimizer: the steps settle where ∇g = −λ φ. The update's own system is right
+    there; that of the inner gradient is not, and says so."""
     case = logistic()
     meta, task = arrays(case)
     optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1.0))
     solver = bl.inner.Gradient(optimizer, 600)
 
-    def run(estimator):
-        return jax.jit(lambda m: bl.hypergradient(case.problem, solver, estimator, m, task, KEY))(meta)
-
-    expected = run(Mixed()).grad
-    h = run(Implicit(linear_solver))
+    expected = run(case.problem, solver, Mixed(), meta, task).grad
+    h = run(case.problem, solver, Implicit(linear_solver), meta, task)
     assert_trees_close("grad", h.grad, expected, 1e-8)
     assert h.stats["inner_error"] < 1e-10 and h.stats["inner_residual"] > 1e-3
     assert Implicit(linear_solver).doubts(floats(h.stats)) == []
-    wrong = run(Implicit(cg(10)))
-    assert "inner problem is not solved" in Implicit(cg(10)).doubts(floats(wrong.stats))[0]
-    with pytest.raises(AssertionError):
-        assert_trees_close("grad", wrong.grad, expected, 1e-2)
 
     def value(meta):
         params = Implicit(linear_solver).solve(case.problem, solver, meta, task, KEY)
         return case.problem.outer_loss(params, meta, task.query, KEY)
 
-    expected = run(Mixed())
-    assert_trees_close("solve", jax.jit(jax.grad(value))(meta), expected.grad, 1e-8)
-    assert_trees_close("forward", jax.jit(jax.jacfwd(value))(meta), expected.grad, 1e-8)
+    assert_trees_close("solve", jax.jit(jax.grad(value))(meta), expected, 1e-8)
+    if linear_solver == fixed_point(300):
+        assert_trees_close("forward", jax.jit(jax.jacfwd(value))(meta), expected, 1e-8)
+        wrong = run(case.problem, solver, Implicit(cg(10)), meta, task)
+        assert "inner problem is not solved" in Implicit(cg(10)).doubts(floats(wrong.stats))[0]
+        with pytest.raises(AssertionError):
+            assert_trees_close("grad", wrong.grad, expected, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -370,10 +381,8 @@ def test_fixed_point_of_a_preconditioned_solver_of_ones_own(x64):
     meta = {"tie": jnp.array([1.0, -2.0, 0.5]), "rate": 1.0}
     expected = {"tie": np.linalg.solve(a, 2 * (np.linalg.solve(a, meta["tie"]) - 1)), "rate": 0.0}
     errors = []
-    for count in (1, 10, 100, 400):
-        h = bl.hypergradient(
-            problem, Preconditioned(400), Implicit(fixed_point(count)), meta, bl.Task(None, None), KEY
-        )
+    for count in (1, 10, 100):
+        h = run(problem, Preconditioned(400), Implicit(fixed_point(count)), meta, bl.Task(None, None))
         errors.append(np.linalg.norm(h.grad["tie"] - expected["tie"]))
         doubted = bool(Implicit(fixed_point(count)).doubts(floats(h.stats)))
         assert doubted == (h.stats["linear_residual"] > 1e-2)
@@ -404,44 +413,43 @@ def test_the_update_must_be_a_function_of_params_alone():
 def test_one_step_is_its_formula_and_tells_its_bias(x64):
     case = implicit_quadratic()
     meta, task = arrays(case)
-    hessian, _ = _quadratic_parts(case)
+    hessian, cross = _quadratic_parts(case)
     params = case.solver.solve(case.problem, meta, task, KEY).params
-    outer = jax.grad(case.problem.outer_loss)(params, meta, task.query, KEY)
+    outer = jax.jit(jax.grad(case.problem.outer_loss))(params, meta, task.query, KEY)
     flat = np.concatenate([outer["w"][0], outer["v"][0].ravel()])
-    cross = _quadratic_parts(case)[1]
-    for rate in (0.01, 0.3, 1.0):
-        run = jax.jit(lambda m, e=OneStep(rate): bl.hypergradient(case.problem, case.solver, e, m, task, KEY))
-        h = run(meta)
+    for rate in (0.01, 0.4):
+        h = run(case.problem, case.solver, OneStep(rate), meta, task)
         assert_close("theta", h.grad["inner"]["theta"], rate * cross.T @ flat, 1e-10)
         residual = np.linalg.norm(rate * hessian @ flat - flat) / np.linalg.norm(flat)
         assert_close("linear_residual", h.stats["linear_residual"], residual, 1e-9)
         said = OneStep(rate).doubts(floats(h.stats))
         assert bool(said) == (residual > 0.5)
         assert not said or f"leaves {residual:.2g} of the linear system" in said[0]
+        if rate == 0.01:
+            continue
         # The same as one term of the Neumann series.
-        other = bl.hypergradient(case.problem, case.solver, Implicit(neumann(1, rate)), meta, task, KEY)
+        other = run(case.problem, case.solver, Implicit(neumann(1, rate)), meta, task)
         assert_trees_close("neumann", other.grad, h.grad, 1e-12)
 
         def value(meta, rate=rate):
             params = OneStep(rate).solve(case.problem, case.solver, meta, task, KEY)
             return case.problem.outer_loss(params, meta, task.query, KEY)
 
-        assert_trees_close("solve", jax.grad(value)(meta), h.grad, 1e-10)
-        assert_trees_close("forward", jax.jacfwd(value)(meta), h.grad, 1e-10)
+        assert_trees_close("solve", jax.jit(jax.grad(value))(meta), h.grad, 1e-10)
+        assert_trees_close("forward", jax.jit(jax.jacfwd(value))(meta), h.grad, 1e-10)
 
 
 def _quadratic_parts(case):
     """A and B of `implicit_quadratic`, read off its inner loss."""
-    meta, task = arrays(case)
+    _, task = arrays(case)
 
     def gradient(flat, theta):
         params = {"w": (flat[:4], None), "v": [flat[4:].reshape(2, 1)]}
         g = jax.grad(case.problem.inner_loss)(params, {"inner": {"theta": theta}}, task.support, KEY)
         return jnp.concatenate([g["w"][0], g["v"][0].ravel()])
 
-    return jax.jacobian(gradient)(jnp.zeros(6), jnp.zeros(3)), -jax.jacobian(gradient, 1)(
-        jnp.zeros(6), jnp.zeros(3)
-    )
+    hessian, cross = jax.jit(jax.jacobian(gradient, (0, 1)))(jnp.zeros(6), jnp.zeros(3))
+    return hessian, -cross
 
 
 @quiet
@@ -453,7 +461,7 @@ def test_one_step_is_exact_where_the_hessian_is_one_over_its_rate(x64):
     )
     meta = jnp.array([0.3, 0.5, -0.2])
     solver = bl.inner.Gradient(optax.sgd(0.25), 1)
-    h = bl.hypergradient(problem, solver, OneStep(0.25), meta, bl.Task(None, None), KEY)
+    h = run(problem, solver, OneStep(0.25), meta, bl.Task(None, None))
     assert_close("grad", h.grad, 3 * np.sin(meta) ** 2 * np.cos(meta), 1e-12)
     assert h.stats["linear_residual"] < 1e-12 and OneStep(0.25).doubts(floats(h.stats)) == []
 
@@ -462,7 +470,7 @@ def test_one_step_is_exact_where_the_hessian_is_one_over_its_rate(x64):
 
 
 @quiet
-@pytest.mark.parametrize("estimator", [Implicit(cg(6)), Implicit(nystrom(3, 0.1)), OneStep(0.3)])
+@pytest.mark.parametrize("estimator", [Implicit(cg(6)), Implicit(nystrom(3, 0.1))])
 def test_vmap_scan_and_one_trace(x64, estimator):
     """Each task has a linear solve of its own: a batch gives what one by one gives."""
     case = implicit_quadratic()
@@ -505,10 +513,10 @@ def test_a_map_of_maps_in_both_orders(x64):
     supports = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2)))
     meta = {"log": jnp.array([0.1, 0.4])}
 
-    def value(meta, support, adjoint=Implicit(cg(2))):
+    def value(meta, support, adjoint=CG2):
         return jnp.sum(adjoint.solve(problem, solver, meta, bl.Task(support, None), KEY))
 
-    def total(meta, adjoint=Implicit(cg(2))):
+    def total(meta, adjoint=CG2):
         one = lambda support: value(meta, support, adjoint)  # noqa: E731
         return jnp.sum(jax.vmap(jax.vmap(one, in_axes=0), in_axes=1)(jnp.swapaxes(supports, 0, 1)) ** 2)
 
@@ -516,7 +524,7 @@ def test_a_map_of_maps_in_both_orders(x64):
     assert_trees_close("grad of vmap", jax.jit(jax.grad(total))(meta), expected, 1e-8)
     assert_trees_close("jacfwd of vmap", jax.jit(jax.jacfwd(total))(meta), expected, 1e-8)
     each = jax.jit(jax.vmap(jax.vmap(jax.grad(value), (None, 0)), (None, 0)))(meta, supports)["log"]
-    values = jax.vmap(jax.vmap(value, (None, 0)), (None, 0))(meta, supports)
+    values = jax.jit(jax.vmap(jax.vmap(value, (None, 0)), (None, 0)))(meta, supports)
     assert_close("vmap of grad", jnp.sum(2 * values[..., None] * each, (0, 1)), expected["log"], 1e-8)
     hessian = jax.jit(jax.hessian(total))(meta)
     reference = jax.jit(jax.hessian(lambda m: total(m, Unroll())))(meta)
@@ -553,7 +561,7 @@ def test_it_trains():
 @quiet
 def test_trees_of_several_dtypes(x64):
     def inner(params, meta, batch, key):
-        w, (b, nothing) = params["net"]
+        w, (b, _) = params["net"]
         x, labels = batch
         scale = params["scale"][0].astype(x.dtype)
         pull = 0.2 * (jnp.sum(w**2) + jnp.sum(b**2) + (scale - 1) ** 2)
@@ -567,10 +575,10 @@ def test_trees_of_several_dtypes(x64):
     problem = bl.Problem(lambda meta, key: start, inner, inner)
     meta = {"weights": jnp.array([0.1, -0.4, 0.3], jnp.float32)}
     solver = bl.inner.Gradient(optax.sgd(0.5), 400)
-    expected = jax.jit(lambda m: bl.hypergradient(problem, solver, Mixed(), m, task, KEY))(meta)
-    for linear_solver in (cg(10), direct(), gmres(10)):
+    expected = run(problem, solver, Mixed(), meta, task)
+    for linear_solver in (cg(10),):
         estimator = Implicit(linear_solver)
-        h = jax.jit(lambda m, e=estimator: bl.hypergradient(problem, solver, e, m, task, KEY))(meta)
+        h = run(problem, solver, estimator, meta, task)
         assert h.grad["weights"].dtype == jnp.float32
         assert_trees_close("grad", h.grad, expected.grad, 1e-4)
         value = lambda m, e=estimator: inner(e.solve(problem, solver, m, task, KEY), m, task.query, KEY)  # noqa: E731
@@ -591,8 +599,8 @@ def test_randomness_and_stats_are_those_of_the_other_estimators(x64):
     solver = bl.inner.Gradient(optax.sgd(0.5), 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bl.hypergrad.HypergradientWarning)
-        h = bl.hypergradient(problem, solver, Implicit(cg(4)), meta, task, KEY)
-    other = bl.hypergradient(problem, solver, Mixed(), meta, task, KEY)
+        h = run(problem, solver, Implicit(cg(4)), meta, task)
+    other = run(problem, solver, Mixed(), meta, task)
     assert_close("value", h.value, other.value, 1e-14)
     assert set(other.stats) < set(h.stats)
     for name in ("inner_loss", "query_size", "support_size"):
@@ -604,7 +612,7 @@ def test_derivatives_in_closures_and_in_the_data(x64, what):
     case = logistic()
     meta, task = arrays(case)
 
-    def value(x, adjoint=Implicit(direct()), solver=case.solver):
+    def value(x, adjoint=DIRECT, solver=case.solver):
         inner, support = case.problem.inner_loss, task.support
         if what == "data":
             support = (x, support[1])

@@ -90,7 +90,7 @@ def test_converged_refuses_nonsense():
         Converged(optimistix.BFGS(1e-6, 1e-6), max_steps=0)
     case = logistic()
     for estimator in (Unroll(), Mixed()):
-        with pytest.raises(TypeError, match="Converged has no steps.*Implicit"):
+        with pytest.raises(TypeError, match=r"Converged has no steps.*Implicit"):
             bl.Learner(case.problem, Converged(MINIMIZERS["bfgs"]), estimator)
 
 

@@ -63,8 +63,8 @@ def test_cg_converges_as_the_theory_says(x64, kind):
 
 
 def test_moskomule_hypergrad_stale_residual(x64):
-    """The conjugate gradient of moskomule/hypergrad 0.0.1 is off by 43% after 1 step and 110% after 12, as it
-    reuses the old residual. On 12 dimensions every step here is a gain, and the twelfth the last."""
+    """That conjugate gradient (0.0.1) is off by 43% after 1 step and 110% after 12, as it reuses the old
+    residual. On 12 dimensions every step here is a gain, and the twelfth the last."""
     rng = np.random.default_rng(0)
     a = jnp.asarray(hessian_matrix("dense", 12, rng))
     b = jnp.asarray(rng.normal(size=12))
@@ -75,8 +75,8 @@ def test_moskomule_hypergrad_stale_residual(x64):
 
 
 def test_betty_cg_alpha_scale(x64):
-    """Betty's cg_alpha scales the answer (159% error at 3 iterations, 2460% at 24). There is no such knob here,
-    and 24 iterations on a badly conditioned system, twice as many as it has dimensions, do not harm."""
+    """Betty's cg_alpha scales the answer (159% error at 3 iterations, 2460% at 24). There is no such knob
+    here, and 24 iterations on a badly conditioned system, twice as many as it has dimensions, do not harm."""
     a = jnp.asarray(hessian_matrix("ill-conditioned", 12, np.random.default_rng(0)))
     b = jnp.ones(12)
     exact = jnp.linalg.solve(a, b)
@@ -87,7 +87,7 @@ def test_betty_cg_alpha_scale(x64):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_neumann_is_the_truncated_series(x64, kind):
-    low, high = eigenvalues(kind)
+    _, high = eigenvalues(kind)
     counts, rate = (1, 2, 5, 20, 100), 1 / high
     off = errors(lambda j: neumann(j, rate), counts, kind)
     residuals = np.linalg.eigvalsh(np.eye(SIZE) - rate * matrix(kind))
@@ -243,7 +243,7 @@ def test_float32_is_solved_to_its_precision():
 
 
 def _grid():
-    low, high = eigenvalues("dense")
+    _, high = eigenvalues("dense")
     counts = (1, 2, 4, 6, 9)
     many = (1, 4, 16, 64, 256)
     yield "cg", cg, counts
@@ -265,8 +265,8 @@ GRID = {name: (make, counts) for name, make, counts in _grid()}
 def test_error_bound_over_the_whole_grid(x64, name):
     """|error| ≤ |BᵀA⁻¹| (|φ − φ*| + |A q − ∂φf|), for every solver, effort, step size and inner accuracy.
 
-    g = ½ φᵀAφ − φᵀBθ, f = ½|φ − c|²; the inner solver misses φ* by a given offset. And: where more effort does
-    not lower the error, the doubts speak.
+    g = ½ φᵀAφ − φᵀBθ, f = ½|φ − c|²; the inner solver misses φ* by a given offset. And: where more effort
+    does not lower the error, the doubts speak.
     """
     rng = np.random.default_rng(0)
     a, b = hessian_matrix("dense", SIZE, rng), rng.normal(size=(SIZE, 3))

@@ -1,4 +1,4 @@
-"""Levels above the hypergradient: a problem whose inner problem is itself bilevel, by every pair of adjoints."""
+"""A problem whose inner problem is itself bilevel, by every pair of adjoints."""
 
 from dataclasses import dataclass
 

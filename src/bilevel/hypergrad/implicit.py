@@ -1,6 +1,6 @@
 """Implicit hypergradient: only the solution is differentiated, never the way to it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from bilevel.hypergrad.common import differentiate, outer_objective, split_keys
 from bilevel.hypergrad.implicit_function import implicit_function
 from bilevel.hypergrad.inner_system import inner_error, inner_system, require_solution, warn_of_zeros
-from bilevel.hypergrad.linear_solvers import LinearSolver, cg, require_positive
+from bilevel.hypergrad.linear_solvers import LinearSolver, cg, inner_product, require_positive
 from bilevel.problem import Hypergradient, InnerSolver, Key, Meta, Params, Problem, Task
 
 
@@ -137,16 +137,7 @@ def implicit_hypergradient(
     def root(params):
         return system.root(params, meta, task)
 
-    if linear_solver.system == "gradient":  # symmetric: the product is a forward derivative of the gradient
-
-        def transposed(vector):
-            return jax.jvp(root, (system.params,), (vector,))[1]
-    else:
-        pullback = jax.vjp(root, system.params)[1]
-
-        def transposed(vector):
-            return pullback(vector)[0]
-
+    transposed = _transposed_product(root, system.params, symmetric=linear_solver.system == "gradient")
     b = jax.grad(outer)(system.params)
     q, info = linear_solver.solve(transposed, b, _linear_key(inner_key))
     size, residual = optax.tree.norm(b), optax.tree.norm(root(system.params))
@@ -163,7 +154,7 @@ def implicit_hypergradient(
 
     def objective(meta):
         value, more = outer_objective(problem, system.params, meta, task, outer_key)
-        pulled = optax.tree.vdot(q, system.root(system.params, meta, task))
+        pulled = inner_product(q, system.root(system.params, meta, task))
         # Adds nothing to the value, and −(∂θ R)ᵀ q to the gradient.
         return value - (pulled - jax.lax.stop_gradient(pulled)), {**more, **stats}
 
@@ -173,14 +164,22 @@ def implicit_hypergradient(
     return h._replace(grad=grad, stats={**h.stats, "finite": h.stats["finite"] * usable})
 
 
+def _transposed_product(root: Callable, at: Params, symmetric: bool) -> Callable[[Params], Params]:
+    """v ↦ (∂R)ᵀ v."""
+    if symmetric:  # forward over reverse: nothing is kept
+        return lambda vector: jax.jvp(root, (at,), (vector,))[1]
+    pullback = jax.vjp(root, at)[1]
+    return lambda vector: pullback(vector)[0]
+
+
 def inner_doubts(name: str, stats: Mapping[str, float], tolerance: float) -> list[str]:
     """Doubts about the inner solution itself."""
     residual, error = stats["inner_residual"], stats["inner_error"]
     if not stats["finite"]:
         return [
             f"{name}: the inner solution or what follows from it is not finite (inner_residual "
-            f"{residual:.3g}), so there is no hypergradient: the inner solver diverged. Lower its step size, or use "
-            "bl.inner.Converged(...)"
+            f"{residual:.3g}), so there is no hypergradient: the inner solver diverged. Lower its step size, "
+            "or use bl.inner.Converged(...)"
         ]
     said = []
     if not stats.get("converged", 1.0) >= 1:

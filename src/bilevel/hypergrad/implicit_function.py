@@ -106,7 +106,7 @@ def _jvp(primals, tangents, *, root, linear_solver, num_params, levels):
         if type(t) is not ad.Zero and jnp.issubdtype(operands[i].dtype, jnp.inexact)
     ]
     if not moving:
-        return out, [ad.Zero.from_primal_value(o) for o in out]
+        return out, [jnp.zeros_like(o) for o in out]
 
     def rule(solution, operands, dots):
         *operands, key = operands

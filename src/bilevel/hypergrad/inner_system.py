@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,7 @@ def inner_system(
     init_key, loss_key = solution_keys(key)
     start = frozen(lambda meta: problem.init(meta, init_key), meta)
     if system == "update":
+        solver = cast(IterativeSolver, solver)  # `require_solution` has seen to it
         state, losses = frozen(lambda meta, task: unroll(problem, solver, meta, task, key), meta, task)
         stats = solution_stats(problem, state.params, meta, task, loss_key)
         if solver.num_steps:
@@ -117,10 +118,10 @@ def inner_error(system: InnerSystem, residual: Scalar, q: Params, product: Param
 
         |R| · (|q| / |A q|) / max(|φ|, |φ − φ₀|)
 
-    |A q| / |q| is the curvature that the outer gradient meets, between the extreme singular values of A however
-    bad q is, so |R| |q| / |A q| is a distance. It does not change when the inner loss, the outer loss or the
-    parameters are scaled. 0 where R is; infinite where R is not and q is zero, as after a divergence into a
-    flat region.
+    |A q| / |q| is the curvature that the outer gradient meets, between the extreme singular values of A
+    however bad q is, so |R| |q| / |A q| is a distance. It does not change when the inner loss, the outer
+    loss or the parameters are scaled. 0 where R is; infinite where R is not and q is zero, as after
+    a divergence into a flat region.
     """
     scale = optax.tree.norm(system.params)
     # A formula may have been given an `init` of another shape, which nothing reads.

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
-import optax
+from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse import linalg as sparse
 
 from bilevel.hypergrad.linear_solvers import require_count, require_system
@@ -27,18 +26,22 @@ class Krylov:
 
     def solve(self, matvec, b, key):
         """Through jax.scipy, with the number of steps as the only limit but rounding."""
-        size = optax.tree.norm(b)
-        tolerance = 10 * float(jnp.finfo(size.dtype).eps)
+        flat, unravel = ravel_pytree(b)  # of one dtype: the basis is one array
+
+        def product(vector):
+            return ravel_pytree(matvec(unravel(vector)))[0]
+
+        tolerance = 10 * float(jnp.finfo(flat.dtype).eps)
         if self.method == "gmres":
             restart = min(self.restart or self.num_steps, self.num_steps)
             cycles = -(-self.num_steps // restart)
             x, _ = sparse.gmres(
-                matvec, b, tol=tolerance, restart=restart, maxiter=cycles, solve_method="incremental"
+                product, flat, tol=tolerance, restart=restart, maxiter=cycles, solve_method="incremental"
             )
         else:
-            x, _ = sparse.bicgstab(matvec, b, tol=tolerance, maxiter=self.num_steps)
+            x, _ = sparse.bicgstab(product, flat, tol=tolerance, maxiter=self.num_steps)
         # Both answer zero to a right-hand side that is not finite.
-        return jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(size), leaf, jnp.nan), x), {}
+        return unravel(jnp.where(jnp.all(jnp.isfinite(flat)), x, jnp.nan)), {}
 
     @property
     def remedy(self) -> str:
@@ -67,6 +70,7 @@ def gmres(num_steps: int, restart: int | None = None, *, system: str = "gradient
 
     Reference: Saad, Schultz, 1986.
 
+    >>> import jax
     >>> matvec = lambda v: jnp.array([[1.0, 2.0], [-2.0, 1.0]]) @ v
     >>> q, _ = gmres(2).solve(matvec, jnp.array([5.0, 0.0]), jax.random.key(0))
     >>> print(jnp.round(q, 4))
@@ -89,6 +93,7 @@ def bicgstab(num_steps: int, *, system: str = "gradient") -> Krylov:
 
     Reference: van der Vorst, 1992.
 
+    >>> import jax
     >>> matvec = lambda v: jnp.array([[3.0, 1.0], [-1.0, 2.0]]) @ v
     >>> q, _ = bicgstab(2).solve(matvec, jnp.array([5.0, 3.0]), jax.random.key(0))
     >>> print(jnp.round(q, 4))

@@ -6,9 +6,9 @@
 update Φ of an inner solver with steps (`system = "update"`, in general not symmetric).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class LinearSolver(Protocol):
         """What to do when the residual is too large."""
         ...
 
-    def doubts(self, stats: dict[str, float]) -> list[str]:
+    def doubts(self, stats: Mapping[str, float]) -> list[str]:
         """Sentences on what else went wrong, given the figures of `solve`."""
         ...
 
@@ -48,14 +48,13 @@ class ConjugateGradient:
     """See `cg`."""
 
     num_steps: int
-    system: ClassVar[str] = "gradient"
 
     def __post_init__(self):
         require_count("cg", "num_steps", self.num_steps)
 
     def solve(self, matvec, b, key):
         """At most `num_steps` steps; fewer where the residual has vanished or curvature is not positive."""
-        bb = optax.tree.vdot(b, b)
+        bb = inner_product(b, b)
         stop = jnp.finfo(bb.dtype).eps ** 2 * bb
 
         def unfinished(carry):
@@ -65,12 +64,12 @@ class ConjugateGradient:
         def body(carry):
             step, x, r, p, rr, (low, high), _ = carry
             ap = matvec(p)
-            pap = optax.tree.vdot(p, ap)
-            curvature = pap / optax.tree.vdot(p, p)
+            pap = inner_product(p, ap)
+            curvature = pap / inner_product(p, p)
             bent = pap <= 0
             alpha = jnp.where(bent, 0, rr / jnp.where(bent, 1, pap))
             x, r = add_scaled(x, alpha, p), add_scaled(r, -alpha, ap)
-            new = optax.tree.vdot(r, r)
+            new = inner_product(r, r)
             p = add_scaled(r, new / rr, p)
             seen = jnp.fmin(low, curvature), jnp.fmax(high, curvature)
             return step + 1, x, r, p, new, seen, bent
@@ -82,12 +81,23 @@ class ConjugateGradient:
         return x, {"smallest_curvature": jnp.nan_to_num(low), "largest_curvature": jnp.nan_to_num(high)}
 
     @property
+    def system(self) -> str:
+        return "gradient"
+
+    @property
     def remedy(self) -> str:
         return f"raise num_steps of cg, now {self.num_steps}, or better the conditioning (a proximal term)"
 
     def doubts(self, stats):
         low, high = stats.get("smallest_curvature", 0.0), stats.get("largest_curvature", 0.0)
-        return indefinite(low, max(abs(low), abs(high)), "cg stopped there: it needs a positive one")
+        said = indefinite(low, max(abs(low), abs(high)), "cg stopped there: it needs a positive one")
+        if not said and low <= 0 and stats.get("linear_residual", 0.0) > 1e-2:
+            said.append(
+                "cg stopped at a direction in which the inner Hessian has no positive curvature, so that "
+                "more steps do not help; use bl.hypergrad.gmres(num_steps), or add a penalty to the inner "
+                "loss"
+            )
+        return said
 
 
 def cg(num_steps: int) -> ConjugateGradient:
@@ -167,6 +177,11 @@ def direct(max_size: int = 2000, *, system: str = "gradient") -> Direct:
 def add_scaled(x: Vector, scale: float | jax.Array, y: Vector) -> Vector:
     """x + scale y, each leaf in its own dtype."""
     return jax.tree.map(lambda x, y: (x + scale * y).astype(x.dtype), x, y)
+
+
+def inner_product(x: Vector, y: Vector) -> jax.Array:
+    """⟨x, y⟩ over all leaves."""
+    return jnp.asarray(optax.tree.vdot(x, y))
 
 
 def indefinite(low: float, scale: float, consequence: str) -> list[str]:

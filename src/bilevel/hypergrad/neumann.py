@@ -1,13 +1,17 @@
 """The two linear solvers that iterate x ← x + η (b − A x): Neumann series and the inner update itself."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from bilevel.hypergrad.linear_solvers import Vector, add_scaled, require_count, require_positive
+from bilevel.hypergrad.linear_solvers import (
+    Vector,
+    add_scaled,
+    inner_product,
+    require_count,
+    require_positive,
+)
 from bilevel.problem import Scalar
 
 
@@ -17,7 +21,6 @@ class Neumann:
 
     num_steps: int
     step_size: float
-    system: ClassVar[str] = "gradient"
 
     def __post_init__(self):
         require_count("neumann", "num_steps", self.num_steps)
@@ -27,6 +30,10 @@ class Neumann:
         """The first `num_steps` terms."""
         x, largest = _richardson(matvec, b, self.step_size, self.num_steps)
         return x, {"largest_curvature": largest}
+
+    @property
+    def system(self) -> str:
+        return "gradient"
 
     @property
     def remedy(self) -> str:
@@ -75,7 +82,6 @@ class FixedPoint:
     """See `fixed_point`."""
 
     num_steps: int
-    system: ClassVar[str] = "update"
 
     def __post_init__(self):
         require_count("fixed_point", "num_steps", self.num_steps)
@@ -83,6 +89,10 @@ class FixedPoint:
     def solve(self, matvec, b, key):
         """v ← v + (b − A v), `num_steps` times from zero."""
         return _richardson(matvec, b, 1.0, self.num_steps)[0], {}
+
+    @property
+    def system(self) -> str:
+        return "update"
 
     @property
     def remedy(self) -> str:
@@ -126,13 +136,13 @@ def _richardson(matvec, b, step_size, num_steps) -> tuple[Vector, Scalar]:
     def body(_, carry):
         x, r, largest = carry
         ar = matvec(r)
-        rayleigh = optax.tree.vdot(r, ar) / optax.tree.vdot(r, r)
+        rayleigh = inner_product(r, ar) / inner_product(r, r)
         # Once a diverging series has overflowed the quotient says nothing.
         largest = jnp.where(jnp.isfinite(rayleigh), jnp.maximum(largest, rayleigh), largest)
         r = add_scaled(r, -step_size, ar)
         return add_scaled(x, step_size, r), r, largest
 
     x = add_scaled(jax.tree.map(jnp.zeros_like, b), step_size, b)
-    start = (x, b, jnp.zeros_like(optax.tree.vdot(b, b)))
+    start = (x, b, jnp.zeros_like(inner_product(b, b)))
     x, _, largest = jax.lax.fori_loop(0, num_steps - 1, body, start)
     return x, largest

@@ -1,7 +1,6 @@
 """Nyström approximation of the inner Hessian: a few columns, then solves by Woodbury's identity."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ class Nystrom:
 
     rank: int
     rho: float
-    system: ClassVar[str] = "gradient"
 
     def __post_init__(self):
         require_count("nystrom", "rank", self.rank)
@@ -48,6 +46,10 @@ class Nystrom:
         # W is a part of H: if it has a negative eigenvalue so has H.
         info = {"smallest_curvature": eigenvalues[0], "largest_curvature": eigenvalues[-1]}
         return unravel(x), info
+
+    @property
+    def system(self) -> str:
+        return "gradient"
 
     @property
     def remedy(self) -> str:

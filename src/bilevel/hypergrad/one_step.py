@@ -82,8 +82,9 @@ class OneStep:
         if not stats["linear_residual"] <= self.linear_tolerance:
             said.append(
                 f"OneStep: one step of size {self.step_size:g} leaves {stats['linear_residual']:.2g} of the "
-                f"linear system unsolved (linear_tolerance is {self.linear_tolerance:g}): the hypergradient "
-                "is biased by about as much, in the flat directions more. Use bl.hypergrad.Implicit(cg(10)), or "
-                "a step_size nearer to 1 / the eigenvalues of the inner Hessian"
+                f"linear system unsolved (linear_tolerance is {self.linear_tolerance:g}): the "
+                "hypergradient is biased by about as much, in the flat directions more. Use "
+                "bl.hypergrad.Implicit(cg(10)), or a step_size nearer to 1 / the eigenvalues of the inner "
+                "Hessian"
             )
         return said
