@@ -287,3 +287,32 @@ def test_num_steps_must_be_an_int(num_steps):
 def test_num_steps_must_not_be_negative():
     with pytest.raises(ValueError, match=r"num_steps must be at least 0, got -1"):
         bl.inner.Gradient(optax.sgd(0.1), -1)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_a_scalar_beside_an_array_batches(x64, axes):
+    """A learned rate of Adam, or its count of steps, is a scalar that is batched where the gradient may not be."""
+    step = differentiable(lambda rate, x: jnp.sum(jnp.sqrt(x**2 + rate**2) / rate * x))
+    rates, xs = jnp.array([0.1, 0.2]), jnp.array([[0.0, 1.0, -2.0], [3.0, 0.0, 1.0]])
+    rate, x = (rates if axes[0] == 0 else rates[0]), (xs if axes[1] == 0 else xs[0])
+    for function in (step, jax.grad(step, argnums=(0, 1))):
+        together = jax.vmap(function, axes)(rate, x)
+        for i in range(2):
+            alone = function(rates[i if axes[0] == 0 else 0], xs[i if axes[1] == 0 else 0])
+            for got, expected in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
+                np.testing.assert_allclose(got[i], expected, rtol=1e-14)
+
+
+def test_rates_of_adam_batch(x64):
+    problem = bl.Problem(
+        init=lambda meta, key: {"w": jnp.ones(2), "b": jnp.ones(())},
+        inner_loss=lambda params, meta, batch, key: jnp.sum(params["w"] ** 2) * params["b"] ** 2,
+        outer_loss=lambda params, meta, batch, key: jnp.sum(params["w"]) + params["b"],
+    )
+    solver = bl.inner.Gradient(lambda meta: optax.adam(jnp.exp(meta)), 3)
+
+    def one(meta):
+        return bl.hypergradient(problem, solver, bl.hypergrad.Mixed(), meta, NO_TASK, KEY).grad
+
+    metas = jnp.array([-2.0, -3.0])
+    np.testing.assert_allclose(jax.vmap(one)(metas), [one(m) for m in metas], rtol=1e-12)

@@ -238,7 +238,7 @@ def test_adaptive_optimizers(x64, optimizer):
     """At small σ and with many pairs the exact hypergradient, learned rates included."""
     case = dead_relu(5, optimizer=optimizer)
     meta, task = jax.tree.map(jnp.asarray, (case.meta, case.task))
-    estimator = EvolutionStrategies(1e-4, 2000, chunk=1)
+    estimator = EvolutionStrategies(1e-4, 2000)
     h = jax.jit(lambda m: once(estimator, case.problem, case.solver, m, task, KEY))(meta)
     off = optax.tree.norm(optax.tree.sub(h.grad, jax.tree.map(jnp.asarray, case.exact.grad)))
     error = h.stats["standard_error"] * optax.tree.norm(h.grad)

@@ -41,7 +41,6 @@ LEVELS = (
 
 # Third-party modules beside jax, numpy and optax, and the only modules that may import them.
 HEAVY = {
-    "lineax": ("hypergrad.*krylov",),
     "matplotlib": ("report", "report.*"),
     "optimistix": ("inner.converged",),
     "orbax": ("train.checkpoint",),

@@ -220,7 +220,7 @@ def test_an_adaptive_optimizer_keeps_its_moments(x64):
     problem, _, meta = linear()
     meta["log_rate"] = jnp.array(-2.0)
     solver = bl.inner.Gradient(lambda meta: optax.adam(jnp.exp(meta["log_rate"]), eps=0.1), NUM_STEPS)
-    h = lives(PES(1e-3, 20, 2, chunk=1), problem, solver, meta, times=400)
+    h = lives(PES(1e-3, 20, 2), problem, solver, meta, times=400)
     assert np.all(z_scores(h.grad, exact(problem, solver, meta).grad) < Z)
 
 

@@ -82,7 +82,7 @@ def mixed_gradient(loss: Loss) -> Callable:
         if _has_custom_vjp(closed.jaxpr):
             raise TypeError(
                 "the inner loss holds a jax.custom_vjp, whose rule need not be the derivative of a function, "
-                "as mixed mode assumes; use bl.hypergrad.Unroll() in place of Mixed()"
+                "as products with its Hessian assume (Mixed, Implicit, Soba, ...); use bl.hypergrad.Unroll()"
             )
 
         # What the loss closes over (an outer level's variable, say) becomes an operand like the rest.
@@ -212,10 +212,10 @@ def _transpose(cotangents, *args, loss, active, transposed, num_operands):
 
 
 def _batch(args, dims, *, loss, num_operands, **params):
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    size = next(jnp.shape(a)[d] for a, d in zip(args, dims, strict=True) if d is not None)
     # The sum of independent losses has the block-diagonal Hessian that a batch of products needs.
     args = [
-        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+        jnp.broadcast_to(a, (size, *jnp.shape(a))) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(args, dims, strict=True)
     ]
     summed = _FlatLoss(lambda *operands: [jnp.sum(jax.vmap(loss)(*operands))], loss.num_params)

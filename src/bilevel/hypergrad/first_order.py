@@ -12,7 +12,7 @@ from bilevel.problem import Hypergradient, InnerSolver, Problem
 
 
 class FirstOrderWarning(UserWarning):
-    """A meta leaf gets a hypergradient of exactly zero because second derivatives are dropped."""
+    """A meta leaf gets a hypergradient of exactly zero, because the estimator drops the path it acts by."""
 
 
 @dataclass(frozen=True)

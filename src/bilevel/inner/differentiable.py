@@ -127,14 +127,21 @@ def _jvp(xs, tangents, **params):
 
 
 def _batch(xs, dims, **params):
-    shape = next(jnp.moveaxis(x, d, 0).shape for x, d in zip(xs, dims, strict=True) if d is not None)
+    size = next(x.shape[d] for x, d in zip(xs, dims, strict=True) if d is not None)
+    # A scalar may stand beside an array, batched or not: all are aligned by the shape of one row.
+    shapes = [
+        jnp.shape(x) if d is None else x.shape[:d] + x.shape[d + 1 :] for x, d in zip(xs, dims, strict=True)
+    ]
+    row = max(shapes, key=len)
 
-    def whole(x, d):
+    def whole(x, d, shape):
+        if d is None and not shape:
+            return x  # a literal stays a scalar
         if d is not None:
-            return jnp.moveaxis(x, d, 0)
-        return jnp.broadcast_to(x, shape) if jnp.ndim(x) else x  # a literal stays a scalar
+            x = jnp.moveaxis(x, d, 0).reshape(size, *(shape or (1,) * len(row)))
+        return jnp.broadcast_to(x, (size, *row))
 
-    xs = [whole(x, d) for x, d in zip(xs, dims, strict=True)]
+    xs = [whole(x, d, shape) for x, d, shape in zip(xs, dims, shapes, strict=True)]
     return _safe_p.bind(*xs, **params), 0
 
 
