@@ -17,8 +17,8 @@ import numpy as np
 import optax
 
 from bilevel.hypergrad import MultiStep
-from bilevel.hypergrad.nres import NRES
-from bilevel.hypergrad.pes import PES
+from bilevel.hypergrad.evolution.nres import NRES
+from bilevel.hypergrad.evolution.pes import PES
 from bilevel.inner import unroll
 from bilevel.testing.toy_problems import (
     OnlineES,

@@ -318,8 +318,8 @@ def test_a_problem_with_noise_of_its_own_is_compared_key_by_key():
 
 
 def test_a_start_that_is_forgotten_is_no_fault_of_implicit_differentiation():
-    from bilevel.hypergrad.implicit import Implicit
-    from bilevel.hypergrad.linear_solvers import cg
+    from bilevel.hypergrad.implicit.implicit import Implicit
+    from bilevel.hypergrad.implicit.linear_solvers import cg
 
     case = quadratic(num_steps=400)
     meta = jax.tree.map(jnp.float32, case.meta)

@@ -291,7 +291,7 @@ def test_num_steps_must_not_be_negative():
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
 def test_a_scalar_beside_an_array_batches(x64, axes):
-    """A learned rate of Adam, or its count of steps, is a scalar that is batched where the gradient may not be."""
+    """As a learned rate of Adam, or its count of steps, beside a gradient."""
     step = differentiable(lambda rate, x: jnp.sum(jnp.sqrt(x**2 + rate**2) / rate * x))
     rates, xs = jnp.array([0.1, 0.2]), jnp.array([[0.0, 1.0, -2.0], [3.0, 0.0, 1.0]])
     rate, x = (rates if axes[0] == 0 else rates[0]), (xs if axes[1] == 0 else xs[0])

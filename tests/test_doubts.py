@@ -9,8 +9,8 @@ import pytest
 
 import bilevel as bl
 from bilevel.hypergrad.doubts import Doubter, HypergradientWarning
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.hypergrad.linear_solvers import cg
+from bilevel.hypergrad.implicit.implicit import Implicit
+from bilevel.hypergrad.implicit.linear_solvers import cg
 
 KEY = jax.random.key(0)
 CURVATURES = jnp.array([1.0, 4.0, 9.0])

@@ -10,8 +10,8 @@ import pytest
 
 import bilevel as bl
 from bilevel.hypergrad import Unroll
-from bilevel.hypergrad.evolution_strategies import EvolutionStrategies
-from bilevel.hypergrad.perturbation import sum_chunks
+from bilevel.hypergrad.evolution.evolution_strategies import EvolutionStrategies
+from bilevel.hypergrad.evolution.perturbation import sum_chunks
 from bilevel.testing import assert_close, assert_trees_close, dead_relu, quadratic
 
 NO_TASK = bl.Task(None, None)

@@ -22,12 +22,12 @@ from bilevel_references import (
 
 import bilevel as bl
 from bilevel.hypergrad import FirstOrderWarning
-from bilevel.hypergrad.bome import Bome
-from bilevel.hypergrad.finite_difference import FiniteDifference
-from bilevel.hypergrad.penalty import Penalty
-from bilevel.hypergrad.reptile import Reptile
+from bilevel.hypergrad.first_order.bome import Bome
+from bilevel.hypergrad.first_order.finite_difference import FiniteDifference
+from bilevel.hypergrad.first_order.penalty import Penalty
+from bilevel.hypergrad.first_order.reptile import Reptile
+from bilevel.hypergrad.first_order.sama import Sama
 from bilevel.hypergrad.residuals import cancellation, ratio
-from bilevel.hypergrad.sama import Sama
 from bilevel.testing import assert_close, assert_trees_close
 from bilevel.testing import quadratic as unrolled_quadratic
 

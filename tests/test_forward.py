@@ -11,8 +11,8 @@ from jax.flatten_util import ravel_pytree
 
 import bilevel as bl
 from bilevel.hypergrad import Mixed, Unroll
-from bilevel.hypergrad.forward import Forward
-from bilevel.hypergrad.pushforward import by_forward_mode
+from bilevel.hypergrad.iterations.forward import Forward
+from bilevel.hypergrad.iterations.pushforward import by_forward_mode
 from bilevel.testing import (
     PROBLEMS,
     assert_close,

@@ -11,14 +11,14 @@ import optimistix
 import pytest
 
 import bilevel as bl
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.hypergrad.krylov import bicgstab, gmres
-from bilevel.hypergrad.linear_solvers import cg, direct
-from bilevel.hypergrad.mixed import Mixed
-from bilevel.hypergrad.neumann import fixed_point, neumann
-from bilevel.hypergrad.nystrom import nystrom
-from bilevel.hypergrad.one_step import OneStep
-from bilevel.hypergrad.unroll import Unroll
+from bilevel.hypergrad.implicit.implicit import Implicit
+from bilevel.hypergrad.implicit.krylov import bicgstab, gmres
+from bilevel.hypergrad.implicit.linear_solvers import cg, direct
+from bilevel.hypergrad.implicit.neumann import fixed_point, neumann
+from bilevel.hypergrad.implicit.nystrom import nystrom
+from bilevel.hypergrad.implicit.one_step import OneStep
+from bilevel.hypergrad.iterations.mixed import Mixed
+from bilevel.hypergrad.iterations.unroll import Unroll
 from bilevel.inner.converged import Converged
 from bilevel.testing import assert_close, assert_derivative, assert_matches, assert_trees_close
 from bilevel.testing.implicit_problems import IMPLICIT_PROBLEMS, implicit_quadratic, logistic

@@ -9,8 +9,8 @@ import pytest
 
 import bilevel as bl
 from bilevel.hypergrad import Mixed, Unroll
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.hypergrad.linear_solvers import cg, direct
+from bilevel.hypergrad.implicit.implicit import Implicit
+from bilevel.hypergrad.implicit.linear_solvers import cg, direct
 from bilevel.inner.closed_form import ClosedForm, prototypes
 from bilevel.inner.converged import Converged
 from bilevel.inner.proximal import proximal

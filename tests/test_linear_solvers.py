@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import bilevel as bl
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.hypergrad.krylov import bicgstab, gmres
-from bilevel.hypergrad.linear_solvers import cg, direct
-from bilevel.hypergrad.neumann import fixed_point, neumann
-from bilevel.hypergrad.nystrom import nystrom
+from bilevel.hypergrad.implicit.implicit import Implicit
+from bilevel.hypergrad.implicit.krylov import bicgstab, gmres
+from bilevel.hypergrad.implicit.linear_solvers import cg, direct
+from bilevel.hypergrad.implicit.neumann import fixed_point, neumann
+from bilevel.hypergrad.implicit.nystrom import nystrom
 from bilevel.inner.closed_form import ClosedForm
 from bilevel.testing import assert_close
 from bilevel.testing.implicit_problems import hessian_matrix

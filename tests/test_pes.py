@@ -10,9 +10,9 @@ import pytest
 
 import bilevel as bl
 from bilevel.hypergrad import MultiStep
-from bilevel.hypergrad.evolution_strategies import EvolutionStrategies
-from bilevel.hypergrad.nres import NRES
-from bilevel.hypergrad.pes import PES
+from bilevel.hypergrad.evolution.evolution_strategies import EvolutionStrategies
+from bilevel.hypergrad.evolution.nres import NRES
+from bilevel.hypergrad.evolution.pes import PES
 from bilevel.testing import assert_close, assert_trees_close, gradient_by_differences
 from bilevel.testing.toy_problems import (
     OnlineES,

@@ -10,7 +10,7 @@ import pytest
 
 import bilevel as bl
 from bilevel.hypergrad import Mixed, MultiStep, Unroll
-from bilevel.hypergrad.score_function import LeaveOneOut, MovingAverage, ScoreFunction
+from bilevel.hypergrad.evolution.score_function import LeaveOneOut, MovingAverage, ScoreFunction
 from bilevel.testing import assert_close, assert_trees_close
 
 KEY = jax.random.key(0)

@@ -12,14 +12,14 @@ from bilevel_references import REFERENCES, as_arrays, floats, last, quadratic, r
 
 import bilevel as bl
 from bilevel.hypergrad import FirstOrderWarning
-from bilevel.hypergrad.amigo import AmIGO
-from bilevel.hypergrad.bome import Bome
-from bilevel.hypergrad.f2sa import F2sa
-from bilevel.hypergrad.ma_soba import MaSoba
-from bilevel.hypergrad.minibatch import checksum, draw
-from bilevel.hypergrad.saba import Saba
-from bilevel.hypergrad.soba import Soba
-from bilevel.hypergrad.stocbio import StocBiO
+from bilevel.hypergrad.first_order.bome import Bome
+from bilevel.hypergrad.single_loop.amigo import AmIGO
+from bilevel.hypergrad.single_loop.f2sa import F2sa
+from bilevel.hypergrad.single_loop.ma_soba import MaSoba
+from bilevel.hypergrad.single_loop.minibatch import checksum, draw
+from bilevel.hypergrad.single_loop.saba import Saba
+from bilevel.hypergrad.single_loop.soba import Soba
+from bilevel.hypergrad.single_loop.stocbio import StocBiO
 from bilevel.testing import assert_close, assert_trees_close
 
 # A single call from a fresh state is doubted, as it should be: the tests that mean it look at `doubts`.

@@ -9,13 +9,13 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.hypergrad.krylov import gmres
-from bilevel.hypergrad.linear_solvers import cg, direct
-from bilevel.hypergrad.mixed import Mixed
-from bilevel.hypergrad.neumann import fixed_point, neumann
-from bilevel.hypergrad.one_step import OneStep
-from bilevel.hypergrad.unroll import Unroll
+from bilevel.hypergrad.implicit.implicit import Implicit
+from bilevel.hypergrad.implicit.krylov import gmres
+from bilevel.hypergrad.implicit.linear_solvers import cg, direct
+from bilevel.hypergrad.implicit.neumann import fixed_point, neumann
+from bilevel.hypergrad.implicit.one_step import OneStep
+from bilevel.hypergrad.iterations.mixed import Mixed
+from bilevel.hypergrad.iterations.unroll import Unroll
 from bilevel.testing import assert_close, assert_derivative, assert_trees_close
 
 KEY = jax.random.key(0)

@@ -11,7 +11,7 @@ import pytest
 
 import bilevel as bl
 from bilevel.hypergrad import FirstOrderWarning, Mixed, Unroll
-from bilevel.hypergrad.truncated import Truncated
+from bilevel.hypergrad.iterations.truncated import Truncated
 from bilevel.inner.checkpointing import Sqrt
 from bilevel.testing import PROBLEMS, assert_close, assert_derivative, assert_matches, assert_trees_close
 

@@ -6,35 +6,35 @@ Exact, through the steps or through a formula: `Unroll`, `Mixed`, `Forward`. Thr
 `MaSoba`, `AmIGO`, `StocBiO`, `F2sa`. Of values alone: `EvolutionStrategies`, `PES`, `NRES`, `ScoreFunction`.
 """
 
-from bilevel.hypergrad.amigo import AmIGO
-from bilevel.hypergrad.bome import Bome
-from bilevel.hypergrad.doubts import HypergradientWarning
-from bilevel.hypergrad.evolution_strategies import EvolutionStrategies
-from bilevel.hypergrad.f2sa import F2sa
-from bilevel.hypergrad.finite_difference import FiniteDifference
-from bilevel.hypergrad.first_order import FirstOrder, FirstOrderWarning
-from bilevel.hypergrad.forward import Forward
-from bilevel.hypergrad.implicit import Implicit
-from bilevel.hypergrad.krylov import bicgstab, gmres
-from bilevel.hypergrad.linear_solvers import LinearSolver, cg, direct
-from bilevel.hypergrad.ma_soba import MaSoba
-from bilevel.hypergrad.mixed import Mixed
-from bilevel.hypergrad.multi_step import MultiStep
-from bilevel.hypergrad.neumann import fixed_point, neumann
-from bilevel.hypergrad.nres import NRES
-from bilevel.hypergrad.nystrom import nystrom
+from bilevel.hypergrad.doubts import FirstOrderWarning, HypergradientWarning
+from bilevel.hypergrad.evolution.evolution_strategies import EvolutionStrategies
+from bilevel.hypergrad.evolution.nres import NRES
+from bilevel.hypergrad.evolution.pes import PES
+from bilevel.hypergrad.evolution.score_function import LeaveOneOut, MovingAverage, ScoreFunction
+from bilevel.hypergrad.first_order.bome import Bome
+from bilevel.hypergrad.first_order.finite_difference import FiniteDifference
+from bilevel.hypergrad.first_order.first_order import FirstOrder
+from bilevel.hypergrad.first_order.penalty import Penalty
+from bilevel.hypergrad.first_order.reptile import Reptile
+from bilevel.hypergrad.first_order.sama import Sama
+from bilevel.hypergrad.implicit.implicit import Implicit
+from bilevel.hypergrad.implicit.krylov import bicgstab, gmres
+from bilevel.hypergrad.implicit.linear_solvers import LinearSolver, cg, direct
+from bilevel.hypergrad.implicit.neumann import fixed_point, neumann
+from bilevel.hypergrad.implicit.nystrom import nystrom
+from bilevel.hypergrad.implicit.one_step import OneStep
+from bilevel.hypergrad.iterations.forward import Forward
+from bilevel.hypergrad.iterations.mixed import Mixed
+from bilevel.hypergrad.iterations.multi_step import MultiStep
+from bilevel.hypergrad.iterations.truncated import Truncated
+from bilevel.hypergrad.iterations.unroll import Unroll
 from bilevel.hypergrad.one_call import hypergradient
-from bilevel.hypergrad.one_step import OneStep
-from bilevel.hypergrad.penalty import Penalty
-from bilevel.hypergrad.pes import PES
-from bilevel.hypergrad.reptile import Reptile
-from bilevel.hypergrad.saba import Saba
-from bilevel.hypergrad.sama import Sama
-from bilevel.hypergrad.score_function import LeaveOneOut, MovingAverage, ScoreFunction
-from bilevel.hypergrad.soba import Soba
-from bilevel.hypergrad.stocbio import StocBiO
-from bilevel.hypergrad.truncated import Truncated
-from bilevel.hypergrad.unroll import Unroll
+from bilevel.hypergrad.single_loop.amigo import AmIGO
+from bilevel.hypergrad.single_loop.f2sa import F2sa
+from bilevel.hypergrad.single_loop.ma_soba import MaSoba
+from bilevel.hypergrad.single_loop.saba import Saba
+from bilevel.hypergrad.single_loop.soba import Soba
+from bilevel.hypergrad.single_loop.stocbio import StocBiO
 
 __all__ = [
     "NRES",

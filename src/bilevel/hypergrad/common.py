@@ -5,11 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from bilevel.inner.checkpointing import Checkpointing
 from bilevel.problem import (
     Hypergradient,
-    InnerSolver,
-    IterativeSolver,
     Key,
     Meta,
     Params,
@@ -23,6 +20,30 @@ def split_keys(key: Key) -> tuple[Key, Key]:
     """One key for the inner loop, one for the outer loss: every estimator sees the same randomness."""
     inner, outer = jax.random.split(key)
     return inner, outer
+
+
+def noise_key(key: Key) -> Key:
+    """A key for the estimator's own randomness, apart from the two of `split_keys`."""
+    return jax.random.fold_in(key, 2)
+
+
+def as_floats(meta: Meta) -> Meta:
+    """Meta as arrays.
+
+    Raises:
+        TypeError: when a leaf is not a float, so that it cannot be perturbed.
+    """
+
+    def convert(path, leaf):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"meta{jax.tree_util.keystr(path)} is {dtype}, which cannot be moved a little; meta holds "
+                "what is learned: make it a float, or move it into a field or a closure"
+            )
+        return jnp.asarray(leaf, dtype)
+
+    return jax.tree_util.tree_map_with_path(convert, meta)
 
 
 def outer_objective(
@@ -55,13 +76,7 @@ def differentiate(objective: Callable, meta: Meta) -> Hypergradient:
     Raises:
         TypeError: when a leaf of `meta` is not a float, so that it has no derivative.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(meta):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"meta{jax.tree_util.keystr(path)} is {dtype}, which has no derivative; meta holds what "
-                "is learned: make it a float, or move it into a field or a closure"
-            )
+    as_floats(meta)
     (value, stats), grad = jax.value_and_grad(objective, has_aux=True)(meta)
     return Hypergradient(value, grad, {**stats, **gradient_stats(value, grad)})
 
@@ -85,28 +100,3 @@ def gradient_stats(value: Scalar, grad: Meta) -> dict[str, Scalar]:
         "zero_leaves": jnp.sum(largest == 0, dtype=jnp.float32),
         "finite": finite.astype(jnp.float32),
     }
-
-
-def require_iterative(estimator: object, solver: InnerSolver) -> IterativeSolver:
-    """The solver, if it can be run step by step; refused otherwise."""
-    if not isinstance(solver, IterativeSolver):
-        raise TypeError(
-            f"{type(estimator).__name__} differentiates through the steps of the inner solver, and "
-            f"{type(solver).__name__} has no steps (num_steps, init, step); "
-            "use bl.inner.Gradient(optimizer, num_steps), or keep this solver and differentiate its solution "
-            "with bl.hypergrad.Implicit(bl.hypergrad.cg(10))"
-        )
-    return solver
-
-
-def require_checkpoint(estimator: object, checkpoint: int | Checkpointing | None) -> None:
-    """Refuse what is neither a positive number of steps nor a checkpointing policy."""
-    if isinstance(checkpoint, int) and not isinstance(checkpoint, bool):
-        allowed = checkpoint >= 1
-    else:
-        allowed = checkpoint is None or isinstance(checkpoint, Checkpointing)
-    if not allowed or isinstance(checkpoint, type):
-        raise ValueError(
-            f"{type(estimator).__name__}.checkpoint must be None or a number of inner steps of at least 1, "
-            f"or a policy such as bl.inner.Sqrt() or bl.inner.Tree(), got {checkpoint!r}"
-        )

@@ -16,6 +16,10 @@ class HypergradientWarning(UserWarning):
     """A hypergradient that its own figures give reason to doubt: unconverged, truncated, noisy."""
 
 
+class FirstOrderWarning(UserWarning):
+    """A meta leaf gets a hypergradient of exactly zero, because the estimator drops the path it acts by."""
+
+
 class Doubter:
     """Warns of an estimator's doubts, of each kind once however the figures in it change.
 

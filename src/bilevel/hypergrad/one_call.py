@@ -31,7 +31,7 @@ def hypergradient(
         ValueError, TypeError: when the three do not go together, or meta holds something other than floats.
 
     Warns:
-        HypergradientWarning: when the estimator's own figures give reason to doubt its answer; under `jit` too.
+        HypergradientWarning: when its own figures give an estimator reason to doubt its answer, under jit too
 
     Cost and bias: those of the estimator. An estimator with a state starts afresh at each call.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.hypergrad.dependence import unused_leaves
-from bilevel.hypergrad.first_order import FirstOrderWarning
+from bilevel.hypergrad.doubts import FirstOrderWarning
 from bilevel.problem import Meta, Scalar
 
 # What an estimator that never looks at the way to the solution says of the leaves it cannot see.

@@ -1,6 +1,6 @@
 """How the inner problem is solved, and what is kept of the way for its derivative."""
 
-from bilevel.inner.checkpointing import Every, Offload, Sqrt, Tree
+from bilevel.inner.checkpointing import Checkpointing, Every, Offload, Sqrt, Tree
 from bilevel.inner.closed_form import ClosedForm, prototypes
 from bilevel.inner.converged import Converged
 from bilevel.inner.differentiable import differentiable
@@ -9,6 +9,7 @@ from bilevel.inner.proximal import proximal
 from bilevel.inner.ridge import Ridge
 
 __all__ = [
+    "Checkpointing",
     "ClosedForm",
     "Converged",
     "Every",

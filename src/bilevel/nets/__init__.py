@@ -3,5 +3,6 @@
 from bilevel.nets.conv4 import conv4
 from bilevel.nets.mlp import mlp
 from bilevel.nets.net import Net
+from bilevel.nets.transformer import transformer
 
-__all__ = ["Net", "conv4", "mlp"]
+__all__ = ["Net", "conv4", "mlp", "transformer"]

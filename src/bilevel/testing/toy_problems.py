@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.hypergrad.common import gradient_stats, outer_objective, split_keys
-from bilevel.hypergrad.particles import num_windows, require_steps, run_window
-from bilevel.hypergrad.perturbation import as_floats, draw, noise_key, shift
+from bilevel.hypergrad.common import as_floats, gradient_stats, noise_key, outer_objective, split_keys
+from bilevel.hypergrad.evolution.particles import num_windows, require_steps, run_window
+from bilevel.hypergrad.evolution.perturbation import draw, shift
 from bilevel.inner import Gradient, unroll
 from bilevel.linalg import reverse_gradient
 from bilevel.problem import (

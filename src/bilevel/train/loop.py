@@ -103,7 +103,7 @@ def train(
             step of a chunk. The last good state is checkpointed first.
 
     Warns:
-        HypergradientWarning: once for each kind of doubt that the estimator's mean figures over a chunk raise.
+        HypergradientWarning: once for each kind of doubt that the mean figures over a chunk raise.
 
     >>> import bilevel as bl
     >>> learner = bl.maml(bl.nets.mlp([1, 8, 1]), bl.learners.mean_squared_error, rates=0.01)

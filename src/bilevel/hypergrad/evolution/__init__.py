@@ -1,0 +1,1 @@
+"""From values alone: nothing is differentiated but the logarithm of a probability."""

@@ -1,0 +1,1 @@
+"""Without second derivatives: cheap, and each biased in its own way."""

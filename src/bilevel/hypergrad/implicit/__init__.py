@@ -1,0 +1,1 @@
+"""Of the inner solution alone, by the implicit function theorem."""

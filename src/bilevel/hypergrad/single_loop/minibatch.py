@@ -1,0 +1,107 @@
+"""Rows of a task: drawn at random, or cut into fixed batches."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.problem import Batch, Key, Task
+
+_ROWS = 0x0B47  # which rows are drawn is a stream of its own, apart from the randomness of the losses
+
+
+def num_rows(batch: Batch, batch_size: int, part: str) -> int | None:
+    """The length of the leading axis that all leaves of a batch share; None for a batch without leaves.
+
+    Raises:
+        ValueError: when they share none, or there are fewer rows than `batch_size`.
+    """
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if not sizes:
+        return None
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            f"batch_size={batch_size} takes rows of task.{part}, whose leaves must share their leading axis; "
+            f"got leading sizes {sorted(sizes)}. Give every leaf one row per example, or use batch_size=None"
+        )
+    (rows,) = sizes.pop()
+    if rows < batch_size:
+        raise ValueError(
+            f"batch_size must be at most the {rows} rows of task.{part}, got {batch_size}; "
+            "use batch_size=None for all of them"
+        )
+    return rows
+
+
+def draw(batch: Batch, batch_size: int | None, key: Key, part: str = "support") -> Batch:
+    """`batch_size` rows of a batch, uniformly and with replacement; all rows, in order, for None.
+
+    With replacement the draws are independent: the mean over them is unbiased with a variance that is
+    exactly proportional to 1 / batch_size, and the cost does not grow with the number of rows.
+
+    >>> draw((jnp.ones((5, 3)), jnp.ones(5)), 2, jax.random.key(0))[0].shape
+    (2, 3)
+    """
+    if batch_size is None:
+        return batch
+    rows = num_rows(batch, batch_size, part)
+    if rows is None:
+        return batch
+    chosen = jax.random.randint(key, (batch_size,), 0, rows)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], batch)
+
+
+def draw_task(task: Task, batch_size: int | None, key: Key) -> Task:
+    """Independent rows of support and query."""
+    support_key, query_key = jax.random.split(jax.random.fold_in(key, _ROWS))
+    return Task(
+        draw(task.support, batch_size, support_key, "support"),
+        draw(task.query, batch_size, query_key, "query"),
+    )
+
+
+def cut(batch: Batch, batch_size: int | None, part: str) -> tuple[Batch, int]:
+    """All rows cut, in order, into fixed batches: leaves `[num_batches, batch_size, ...]`, and num_batches.
+
+    Raises:
+        ValueError: when `batch_size` does not divide the number of rows: a shorter last batch would be
+            counted as if it were full.
+
+    >>> cut(jnp.arange(6), 2, "support")[0].shape
+    (3, 2)
+    """
+    rows = None if batch_size is None else num_rows(batch, batch_size, part)
+    if batch_size is None or rows is None:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch), 1
+    if rows % batch_size:
+        near = [size for size in range(1, rows + 1) if rows % size == 0]
+        near = sorted(near, key=lambda size: abs(size - batch_size))[:2]
+        raise ValueError(
+            f"batch_size must divide the {rows} rows of task.{part}, got {batch_size}; use "
+            f"{' or '.join(map(str, near))}, or leave {rows % batch_size} rows out of the task"
+        )
+    count = rows // batch_size
+    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (count, batch_size, *leaf.shape[1:])), batch), count
+
+
+def take(batches: Batch, index: jax.Array) -> Batch:
+    """Batch number `index` of what `cut` returned."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batches)
+
+
+def checksum(batch: Any) -> jax.Array:
+    """A sum over the bits of a batch, uint32: equal for equal rows, in whatever order they are added.
+
+    >>> bool(checksum(jnp.array([1.0, 2.0])) == checksum(jnp.array([1.0, 2.0 + 1e-6])))
+    False
+    """
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(batch):
+        leaf = jnp.asarray(leaf)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            bits = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32  # float64 becomes two of them
+            leaf = jax.lax.bitcast_convert_type(leaf, bits)
+        total = total + jnp.sum(leaf.astype(jnp.uint32), dtype=jnp.uint32)
+    return total
