@@ -144,25 +144,6 @@ def disagreements(results: list[list[dict]]) -> list[str]:
     return wrong
 
 
-def memory_table(quick: bool) -> str:
-    """The Markdown table of bench/memory.py."""
-    sizes = ("--examples=512", "--repeats=1") if quick else ()
-    rows = call((sys.executable, str(HERE / "memory.py"), *sizes))
-    first = rows[0]
-    lines = [
-        "### A residual MLP of 16 layers, unrolled 8 steps",
-        "",
-        "| estimator | peak of temporary memory | time | memory / plain | time / plain |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratios = (row[key] / first[key] for key in ("megabytes", "seconds"))
-        cells = (f"`{row['estimator']}`", f"{row['megabytes']:.0f} MB", f"{row['seconds']:.2f} s")
-        lines.append(f"| {' | '.join([*cells, *(f'{r:.2f}' for r in ratios)])} |")
-    spread = max(abs(row["norm"] / first["norm"] - 1) for row in rows)
-    return "\n".join([*lines, "", f"The gradients' norms agree to {spread:.0e}."])
-
-
 def machine() -> str:
     """The processor, its cores and how busy it is."""
     model = platform.processor() or platform.machine()
@@ -177,12 +158,11 @@ def machine() -> str:
 def main() -> None:
     """Prints the machine and every table; ends with 1 where a library computes something else."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--quick", action="store_true", help="fewer timed steps, smaller memory run")
+    options.add_argument("--quick", action="store_true", help="fewer timed steps")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--works", nargs="*", choices=tuple(WORKS), default=tuple(WORKS))
     options.add_argument("--peers-python", default=".venv-peers/bin/python")
     options.add_argument("--compile", action="store_true", help="torch.compile too, where it works")
-    options.add_argument("--no-memory", action="store_true", help="leave bench/memory.py out")
     args = options.parse_args()
     if not Path(args.peers_python).exists():
         sys.exit(f"{args.peers_python} does not exist: run `make bench`, or pass --peers-python")
@@ -193,8 +173,6 @@ def main() -> None:
         jax, torch = results[0][0]["jax"], results[-1][0].get("torch")
         print(f"\n{table(results)}\n\njax {jax}, torch {torch}; {args.rounds} rounds.", flush=True)
         wrong += [f"{name}: {each}" for each in disagreements(results)]
-    if not args.no_memory:
-        print(f"\n{memory_table(args.quick)}")
     if wrong:
         sys.exit("outer losses differ, so the rows are not comparable:\n" + "\n".join(wrong))
 
