@@ -3,11 +3,13 @@
 Exact, through the steps or through a formula: `Unroll`, `Mixed`, `Forward`. Through the last steps only:
 `Truncated`. Of a converged inner problem: `Implicit`, `OneStep`. Without second derivatives: `FirstOrder`,
 `Reptile`, `Penalty`, `Bome`, `FiniteDifference`, `Sama`. In a single loop over minibatches: `Soba`, `Saba`,
-`MaSoba`, `AmIGO`, `StocBiO`, `F2sa`. Of values alone: `EvolutionStrategies`, `PES`, `NRES`, `ScoreFunction`.
+`MaSoba`, `AmIGO`, `StocBiO`, `F2sa`. Of values alone: `EvolutionStrategies`, `GuidedES`, `PES`, `NRES`,
+`ScoreFunction`.
 """
 
 from bilevel.hypergrad.doubts import FirstOrderWarning, HypergradientWarning
 from bilevel.hypergrad.evolution.evolution_strategies import EvolutionStrategies
+from bilevel.hypergrad.evolution.guided_es import GuidedES
 from bilevel.hypergrad.evolution.nres import NRES
 from bilevel.hypergrad.evolution.pes import PES
 from bilevel.hypergrad.evolution.score_function import LeaveOneOut, MovingAverage, ScoreFunction
@@ -47,6 +49,7 @@ __all__ = [
     "FirstOrder",
     "FirstOrderWarning",
     "Forward",
+    "GuidedES",
     "HypergradientWarning",
     "Implicit",
     "LeaveOneOut",

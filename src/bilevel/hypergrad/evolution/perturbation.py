@@ -21,7 +21,11 @@ def draw(key: Key, meta: Meta, still: frozenset[str] = frozenset()) -> Meta:
     >>> print(noise["b"], bool(jnp.all(noise["a"])))
     [0. 0.] True
     """
-    noise = optax.tree.random_like(key, meta)
+    return at_rest(optax.tree.random_like(key, meta), still)
+
+
+def at_rest(noise: Meta, still: frozenset[str]) -> Meta:
+    """Noise, zero in the leaves that are to keep `still`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.zeros_like(leaf) if jax.tree_util.keystr(path) in still else leaf, noise
     )
