@@ -12,7 +12,7 @@ from implicit_tools import KEY, arrays, quiet, run
 
 import bilevel as bl
 from bilevel.hypergrad.implicit.implicit import Implicit
-from bilevel.hypergrad.implicit.linear_solvers import cg
+from bilevel.hypergrad.implicit.linear_solvers import cg, direct
 from bilevel.hypergrad.implicit.nystrom import nystrom
 from bilevel.hypergrad.implicit.one_step import OneStep
 from bilevel.hypergrad.iterations.mixed import Mixed
