@@ -10,8 +10,7 @@ import sys
 
 import numpy as np
 
-DATA = dict(np.load(sys.argv[1]))
-NUM_STEPS, RATE = int(DATA["num_steps"]), float(DATA["rate"])
+DATA: dict[str, np.ndarray] = {}  # filled by the argument
 
 
 def torch_problem():
@@ -52,11 +51,11 @@ def torchopt(optimizer: str):
     model = Model()
     start = list(model.parameters())
     inner_optimizer = {
-        "sgd": lambda: torchopt.MetaSGD(model, lr=RATE),
-        "momentum": lambda: torchopt.MetaSGD(model, lr=RATE, momentum=0.9),
-        "adam": lambda: torchopt.MetaAdam(model, lr=RATE),
+        "sgd": lambda: torchopt.MetaSGD(model, lr=float(DATA["rate"])),
+        "momentum": lambda: torchopt.MetaSGD(model, lr=float(DATA["rate"]), momentum=0.9),
+        "adam": lambda: torchopt.MetaAdam(model, lr=float(DATA["rate"])),
     }[optimizer]()
-    for _ in range(NUM_STEPS):
+    for _ in range(int(DATA["num_steps"])):
         inner_optimizer.step(inner(model, [model.hidden, model.head]))
     return flat(torch.autograd.grad(outer(model), [*start, leaves[2]]))
 
@@ -72,9 +71,9 @@ def higher(optimizer: str):
         "adam": (torch.optim.Adam, {}),
     }
     kind, options = settings[optimizer]
-    base = kind(model.parameters(), lr=RATE, **options)
+    base = kind(model.parameters(), lr=float(DATA["rate"]), **options)
     with higher.innerloop_ctx(model, base, copy_initial_weights=False) as (net, diffopt):
-        for _ in range(NUM_STEPS):
+        for _ in range(int(DATA["num_steps"])):
             diffopt.step(inner(net, list(net.parameters())))
         return flat(torch.autograd.grad(outer(net), [*model.parameters(), leaves[2]]))
 
@@ -119,12 +118,12 @@ def jaxopt_implicit(unrolled: bool):
         error = x @ params - y
         return 0.5 * jnp.mean(error**2) + 0.5 * jnp.sum(jnp.exp(theta) * params**2)
 
-    steps = NUM_STEPS if unrolled else 5000
+    steps = int(DATA["num_steps"]) if unrolled else 5000
     solver = jaxopt.GradientDescent(
         inner,
         maxiter=steps,
         tol=0.0 if unrolled else 1e-13,
-        stepsize=RATE,
+        stepsize=float(DATA["rate"]),
         acceleration=False,
         implicit_diff=not unrolled,
         unroll=unrolled,
@@ -147,6 +146,7 @@ PEERS = {
 }
 
 if __name__ == "__main__":
+    DATA.update(np.load(sys.argv[1]))
     found = {}
     for name, run in PEERS.items():
         try:

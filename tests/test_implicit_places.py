@@ -193,9 +193,9 @@ def test_refusals_name_the_fault_and_the_remedy():
     case = logistic()
     with pytest.raises(TypeError, match=r"linear_solver must be a linear solver such as bl\.hypergrad\.cg"):
         Implicit(10)
-    with pytest.raises(ValueError, match="Implicit: inner_tolerance must be a positive number, got 0"):
+    with pytest.raises(ValueError, match=r"Implicit\.inner_tolerance must be a positive number, got 0"):
         Implicit(inner_tolerance=0)
-    with pytest.raises(ValueError, match="OneStep: step_size must be a positive number, got -1"):
+    with pytest.raises(ValueError, match=r"OneStep\.step_size must be a positive number, got -1"):
         OneStep(-1.0)
     for estimator in (Implicit(), OneStep(0.1)):
         with pytest.raises(TypeError, match=r"needs an inner solver with a method solve.*got str"):

@@ -190,4 +190,10 @@ class Learner:
     predict: Callable[[Params, Meta, Any], Any] | None = None
 
     def __post_init__(self):
+        for name in ("solver", "estimator"):
+            if isinstance(getattr(self, name), type):
+                raise TypeError(
+                    f"Learner.{name} must be a value, got the class {getattr(self, name).__name__}; "
+                    f"write {getattr(self, name).__name__}(...)"
+                )
         self.estimator.check(self.problem, self.solver)

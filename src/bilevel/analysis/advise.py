@@ -18,7 +18,8 @@ from bilevel.analysis.memory import (
     format_memory,
     parse_memory,
 )
-from bilevel.analysis.objective import first_tasks, in_arrays, in_float64, task_at
+from bilevel.analysis.objective import first_tasks, in_arrays, in_float64, require_scalar_losses, task_at
+from bilevel.hypergrad.requirements import require_count, require_positive
 from bilevel.problem import Estimator, InnerSolver, Key, Learner, Meta, Problem, Task
 from bilevel.train.step import num_tasks as count_tasks
 
@@ -130,7 +131,11 @@ def advise(
     ('mixed', 'first', 7.0)
     """
     budget = None if memory is None else parse_memory(memory)
+    require_count("advise", num_tasks=num_tasks, repeats=repeats, task_chunk=task_chunk)
+    if seconds is not None:
+        require_positive("advise", seconds=seconds)
     meta, tasks = in_arrays(meta), in_arrays(tasks)
+    require_scalar_losses(problem, meta, task_at(tasks, 0), key)
     some = first_tasks(tasks, num_tasks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the table says it

@@ -10,6 +10,7 @@ import numpy as np
 
 from bilevel import hypergrad
 from bilevel.hypergrad.common import split_keys
+from bilevel.hypergrad.residuals import norm
 from bilevel.inner.checkpointing import Sqrt
 from bilevel.problem import Estimator, InnerSolver, IterativeSolver, Key, Meta, Problem, Task
 
@@ -38,7 +39,7 @@ def candidates(
         try:
             estimator = make()
             estimator.check(problem, solver)
-        except Exception:  # not in this version, or not for this pair
+        except (TypeError, ValueError):  # not for this pair
             continue
         found[name] = estimator
     return found
@@ -104,15 +105,17 @@ def largest_curvature(
         def body(_, carry):
             vector, _ = carry
             product = jax.jvp(gradient, (params,), (vector,))[1]
-            squares = [jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(product)]
-            size = jnp.sqrt(sum(squares, jnp.zeros(())))
-            return jax.tree.map(lambda leaf: leaf / jnp.maximum(size, 1e-30), product), size
+            size = norm(product).astype(float)
+            unit = jax.tree.map(lambda leaf: (leaf / jnp.maximum(size, 1e-30)).astype(leaf.dtype), product)
+            return unit, size
 
         leaves, tree = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         start = [
             jax.random.normal(k, jnp.shape(leaf), jnp.result_type(leaf)) for k, leaf in zip(keys, leaves)
         ]
-        return jax.lax.fori_loop(0, num_iterations, body, (jax.tree.unflatten(tree, start), jnp.zeros(())))[1]
+        return jax.lax.fori_loop(
+            0, num_iterations, body, (jax.tree.unflatten(tree, start), jnp.zeros((), float))
+        )[1]
 
     return float(run(meta, task))

@@ -10,11 +10,20 @@ import numpy as np
 from bilevel.analysis.check_report import CheckReport
 from bilevel.analysis.compare import Comparison, compare
 from bilevel.analysis.measure import estimates, one_line
-from bilevel.analysis.objective import first_tasks, in_arrays, in_float64, objective, task_at
+from bilevel.analysis.objective import (
+    first_tasks,
+    in_arrays,
+    in_float64,
+    objective,
+    require_scalar_losses,
+    task_at,
+)
 from bilevel.analysis.second_order import Finding, find_operations
 from bilevel.analysis.tracing import count_traces, impure_functions
 from bilevel.analysis.verdict import judge
+from bilevel.hypergrad.requirements import require_count, require_positive
 from bilevel.problem import Estimator, InnerSolver, Key, Learner, Meta, Problem, Task
+from bilevel.train.step import num_tasks as count_tasks
 
 
 def check(
@@ -65,6 +74,8 @@ def check(
     >>> print(check(problem, solver, bl.hypergrad.FirstOrder(), meta, tasks, key).trust)
     no
     """
+    require_count("check", num_tasks=num_tasks, repeats=repeats)
+    require_positive("check", tolerance=tolerance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what they say is in the report, once
         return _check(problem, solver, estimator, meta, tasks, key, num_tasks, repeats, warmup, tolerance)
@@ -76,10 +87,15 @@ def _check(
     name = repr(estimator)
     try:
         learner = Learner(problem, solver, estimator)
-        tasks = first_tasks(tasks, num_tasks)
-        task = task_at(tasks, 0)
     except Exception as error:
         return _failed(name, f"it refuses this problem ({one_line(error)})")
+    try:
+        given = count_tasks(tasks)
+        tasks = first_tasks(tasks, num_tasks)
+        task = task_at(tasks, 0)
+        require_scalar_losses(problem, meta, task, key)
+    except Exception as error:
+        return _failed(name, f"the problem itself cannot run ({one_line(error)})")
     with jax.enable_x64(True):
         operations = _or(
             lambda: find_operations(problem, solver, in_float64(meta), in_float64(task), key), ()
@@ -88,7 +104,7 @@ def _check(
     try:
         with jax.enable_x64(True):
             jax.eval_shape(objective(problem, solver, in_float64(tasks)), in_float64(meta), key)
-        wide, notes = True, ()
+        wide, notes = True, (f"on {min(num_tasks, given)} of the {given} tasks that are given",)
     except Exception as error:
         wide, notes = (
             False,
@@ -149,6 +165,14 @@ def _trace_faults(learner, meta, task, key) -> tuple[str, ...]:
     return (*said, *_or(lambda: count_traces(learner, meta, task, key), []))
 
 
+def _not_finite(stats: dict[str, float]) -> list[str]:
+    return [
+        f"stats[{name!r}] is {value}: a part of the problem is not finite here"
+        for name, value in stats.items()
+        if not np.isfinite(value)
+    ]
+
+
 def _report(learner, comparison, operations, traces, notes, narrow, tolerance, wide) -> CheckReport:
     ref, found, agreed = comparison.reference, comparison.estimates, comparison.agreement
     speak: Callable[[dict[str, float]], list[str]] = getattr(learner.estimator, "doubts", lambda stats: [])
@@ -174,7 +198,7 @@ def _report(learner, comparison, operations, traces, notes, narrow, tolerance, w
         "float32_error": narrow,
         "leaves": comparison.leaves,
         "stats": found.stats,
-        "doubts": tuple(_or(lambda: speak(found.stats), [])),
+        "doubts": (*_or(lambda: speak(found.stats), []), *_not_finite(found.stats)),
         "operations": tuple(operations),
         "traces": traces,
         "notes": (*notes, *ref.notes),

@@ -1,6 +1,7 @@
 """One estimator against the truth at one point: the figures without the judgement."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from bilevel.analysis.measure import Estimates, Reference, estimates, reference,
 from bilevel.analysis.objective import leaf_names, task_at
 from bilevel.analysis.why_zero import routes, why_zero
 from bilevel.problem import Key, Learner, Meta, Task
+
+_SETTLED = 1000  # calls after which the inner parameters of a single-loop estimator are taken to rest
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ def compare(
         ref: the truth, where it was measured before with the same key.
     """
     problem, solver = learner.problem, learner.solver
+    if getattr(learner.estimator, "settles", False):  # its inner loop goes on from call to call
+        warmup = max(warmup, _SETTLED)
+        steps = _SETTLED * getattr(solver, "num_steps", 1)
+        solver = replace(cast(Any, solver), num_steps=steps)
+        ref = reference(problem, solver, meta, tasks, key)
+        ref = replace(ref, source=f"{ref.source}, all after {steps} inner steps")
     ref = reference(problem, solver, meta, tasks, key) if ref is None else ref
     # The first key is the reference's own; it stays first however many there are.
     keys = jnp.stack([key, *(jax.random.fold_in(key, 100 + r) for r in range(1, repeats))])

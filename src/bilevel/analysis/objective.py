@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergrad.common import split_keys
+from bilevel.hypergrad.common import as_floats, split_keys
 from bilevel.problem import InnerSolver, Key, Meta, Problem, Scalar, Task
 from bilevel.train.step import num_tasks
 
@@ -33,6 +33,21 @@ def objective(problem: Problem, solver: InnerSolver, tasks: Task) -> Callable[[M
         return jax.lax.map(lambda x: of_task(meta, *x), (tasks, keys)).mean()
 
     return mean
+
+
+def require_scalar_losses(problem: Problem, meta: Meta, task: Task, key: Key) -> None:
+    """Refuse a meta without derivatives and losses that are no scalars, before anything is differentiated.
+
+    Raises:
+        TypeError: when a leaf of meta is not a float.
+        ValueError: when a loss has a shape.
+    """
+    as_floats(in_arrays(meta))
+    params = jax.eval_shape(problem.init, meta, key)
+    for name, batch in (("inner_loss", task.support), ("outer_loss", task.query)):
+        shape = jax.eval_shape(getattr(problem, name), params, meta, batch, key).shape
+        if shape != ():
+            raise ValueError(f"{name} must return a scalar, got shape {shape}; take a mean or a sum")
 
 
 def first_tasks(tasks: Task, count: int) -> Task:

@@ -136,7 +136,8 @@ def _candidates(solver: InnerSolver, tasks: int):
     ways = ways if steps > 1 else ways[:1]
     on_cpu = jax.default_backend() == "cpu"
     divisors = [d for d in range(tasks, 0, -1) if tasks % d == 0]
-    chunks = [1] if on_cpu else divisors[:: max(1, len(divisors) // 5)] + [1] * (divisors[-1] != 1)
+    spread = divisors[:: max(1, len(divisors) // 5)]
+    chunks = [1] if on_cpu else spread + [1] * (spread[-1] != 1)
     # On an accelerator half the tasks side by side cost about a fifth more, as long as it is not full.
     slow = {chunk: 1.0 + 0.2 * math.log2(tasks / chunk) * (not on_cpu) for chunk in chunks}
     ranked = sorted(

@@ -40,9 +40,14 @@ class Doubter:
 
     def __call__(self, stats: Mapping[str, Any], stacklevel: int = 2) -> None:
         """Stats are numbers, or arrays of which the mean counts (one call may stand for many tasks)."""
-        if self._ask is None:
-            return
-        for sentence in self._ask({name: float(np.mean(value)) for name, value in stats.items()}):
+        figures = {name: float(np.mean(value)) for name, value in stats.items()}
+        said = [] if self._ask is None else self._ask(figures)
+        if not said and not figures.get("finite", 1.0) >= 1:
+            said = [
+                "the hypergradient or the outer loss is not finite: the inner loop diverges, or a loss "
+                "divides by zero. Lower the inner rate, or find the operation with JAX_DEBUG_NANS=1"
+            ]
+        for sentence in said:
             kind = re.sub(r"[-+]?\b\d[\d.]*(e[-+]?\d+)?|\b(nan|inf)\b", "#", sentence)
             if kind not in self._said:
                 self._said.add(kind)
@@ -50,10 +55,10 @@ class Doubter:
 
     def watch(self, stats: Mapping[str, Any], stacklevel: int = 2) -> None:
         """Warn now, or, where the stats are still being traced, each time the compiled program has them."""
-        if self._ask is None:
-            return
         if not any(isinstance(value, Tracer) for value in stats.values()):
             self(stats, stacklevel + 1)
+            return
+        if self._ask is None:  # it would cost a call back from each compiled step; `stats["finite"]` tells
             return
 
         # Under vmap the means are sent, once: JAX would write a callback out for each row of the batch.

@@ -1,7 +1,10 @@
 """The one-call door for people who bring their own outer loop."""
 
+import jax
+import jax.numpy as jnp
+
 from bilevel.hypergrad.doubts import Doubter
-from bilevel.problem import Estimator, Hypergradient, InnerSolver, Key, Meta, Problem, Task
+from bilevel.problem import Estimator, Hypergradient, InnerSolver, Key, Learner, Meta, Problem, Task
 
 
 def hypergradient(
@@ -45,8 +48,33 @@ def hypergradient(
     >>> print(h.value, h.grad["init"], h.grad["rate"])
     0.5 0.5 -4.0
     """
-    estimator.check(problem, solver)
+    Learner(problem, solver, estimator)  # refuses what does not go together
+    nests = getattr(estimator, "nests", False)
+    if not nests:  # an outer level that reaches in by meta, and one that reaches in by a closure
+        meta = _final(meta, type(estimator).__name__)
     state = estimator.init(problem, solver, meta, task, key)
     h, _ = estimator.estimate(problem, solver, meta, task, state, key)
     Doubter(estimator).watch(h.stats)
-    return h
+    return h if nests else _final(h, type(estimator).__name__)
+
+
+def _final(tree, name: str):
+    """The same tree, which refuses to be differentiated: the estimator holds fixed what should move."""
+
+    @jax.custom_jvp
+    def identity(leaf):
+        return leaf
+
+    @identity.defjvp
+    def _(primals, tangents):
+        raise TypeError(
+            f"a hypergradient by {name} cannot be differentiated again: it holds the inner solution fixed, "
+            "and a part of the derivative would be missing. For a level above use bl.hypergrad.Mixed() or "
+            "Unroll(), or differentiate the outer loss at estimator.solve(problem, solver, meta, task, key), "
+            "which Implicit, OneStep, Forward and Truncated have"
+        )
+
+    def guard(leaf):
+        return identity(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
+
+    return jax.tree.map(guard, tree)

@@ -210,7 +210,7 @@ def _concatenate(first, last):
 
 
 def _name_float(leaf):
-    return checkpoint_name(leaf, _STATE) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+    return checkpoint_name(leaf, _STATE) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
 
 
 def _require_count(name: str, value: int, least: int) -> None:

@@ -87,9 +87,11 @@ class Ridge:
     def _read(self, meta: Meta, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """X `[n, d]`, y `[n]` or `[n, c]`, ρ `[d]`."""
         inputs, labels = batch
-        x = self.features(meta, inputs)
-        y = labels if self.targets is None else self.targets(labels)
-        rho = jnp.asarray(self.penalty(meta), x.dtype)
+        x = jnp.asarray(self.features(meta, inputs))
+        y = jnp.asarray(labels if self.targets is None else self.targets(labels))
+        # In floats before anything is compared: whole-numbered features would round the penalty away.
+        dtype = jnp.result_type(x, jnp.asarray(self.penalty(meta)), float if x.dtype.kind in "iub" else x)
+        x, rho = x.astype(dtype), jnp.asarray(self.penalty(meta), dtype)
         if x.ndim != 2 or x.shape[0] != y.shape[0] or y.ndim not in (1, 2):
             raise ValueError(
                 "Ridge needs features [n, d] and targets [n] or [n, c] with the same n, got shapes "

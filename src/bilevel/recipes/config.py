@@ -35,6 +35,8 @@ def find_recipe(name: str) -> type:
     if name in RECIPES:
         return RECIPES[name]
     file, colon, attribute = name.rpartition(":")
+    if name.rstrip(":").endswith(".py"):
+        raise ValueError(f"name the recipe inside the file too: {name.rstrip(':')}:Name")
     if not colon or not file.endswith(".py"):
         raise ValueError(
             f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, "

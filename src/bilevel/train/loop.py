@@ -112,6 +112,8 @@ def train(
     >>> int(train(learner, optax.adam(1e-3), sample, state, 5).step)
     5
     """
+    if num_meta_steps < 0:
+        raise ValueError(f"num_meta_steps must be at least 0, got {num_meta_steps}")
     options = options or Options()
     with ExitStack() as stack:
         checkpoints = writer = display = None

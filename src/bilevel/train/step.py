@@ -124,15 +124,19 @@ def mean_hypergradient(
             h, state = jax.tree.map(lambda leaf: leaf[None], (h, state))
         else:
             h, state = jax.vmap(one)(*chunk)
-        total = jax.tree.map(lambda a, b: a + b.sum(0), total, h.grad)
+        total = jax.tree.map(lambda a, b: a + b.astype(a.dtype).sum(0), total, h.grad)
         return total, (h.value, h.stats, state)
 
     per_task = (tasks, estimator_state, jax.random.split(key, count))
     chunks = jax.tree.map(
         lambda leaf: leaf.reshape(count // task_chunk, task_chunk, *leaf.shape[1:]), per_task
     )
-    total, (values, stats, states) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, meta), chunks)
-    grad = jax.tree.map(lambda leaf: leaf / count, total)
+    # In float32 or wider: a long sum in bfloat16 stops growing.
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.promote_types(jnp.result_type(leaf), jnp.float32)), meta
+    )
+    total, (values, stats, states) = jax.lax.scan(body, zeros, chunks)
+    grad = jax.tree.map(lambda leaf, like: (leaf / count).astype(jnp.result_type(like)), total, meta)
     states = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), states)
     value = values.mean()
     # A mean is not finite if any of its parts is not: the compiler drops the passes over every part.

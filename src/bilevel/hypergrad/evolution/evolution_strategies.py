@@ -12,6 +12,7 @@ from bilevel.hypergrad.evolution.perturbation import (
     error_stats,
     map_chunks,
     noise_doubts,
+    resolution,
     shift,
     squared_norm,
     sum_chunks,
@@ -45,7 +46,8 @@ class EvolutionStrategies:
     O(σ²), none where F is quadratic. A leaf that nothing reads gets exactly zero.
 
     `value` is the mean of the 2N losses, an estimate of F_σ(θ); problem's and solver's stats are means too.
-    `stats["standard_error"]` is the error of g as a multiple of its length (from two pairs on).
+    `stats["standard_error"]` is the error of g as a multiple of its length (from two pairs on),
+    `stats["resolution"]` the spacing of the numbers near θ as a multiple of σ.
 
     Reference: Nesterov, Spokoiny, 2017; Salimans et al., 2017.
 
@@ -119,12 +121,14 @@ def antithetic(
             1 if chunk == 1 else None,
         )
         slope = (values[0] - values[1]) / (2 * sigma)
-        gradient = jax.tree.map(lambda leaf: (slope * leaf).astype(leaf.dtype), noise)
+        gradient = jax.tree.map(lambda leaf: slope * leaf, noise)
         means = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), (values, stats))
         return gradient, squared_norm(gradient), means
 
     keys = jax.random.split(noise_key(key), count)
     total = sum_chunks(pair, keys, chunk)
     grad, _, (loss, stats) = jax.tree.map(lambda leaf: leaf / count, total)
-    stats = {**stats, **error_stats(total[1], grad, count), **gradient_stats(loss, grad)}
+    error = error_stats(total[1], grad, count)
+    grad = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), grad, meta)
+    stats = {**stats, **error, **resolution(meta, sigma), **gradient_stats(loss, grad)}
     return Hypergradient(loss, grad, stats)

@@ -10,8 +10,9 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel.hypergrad.common import as_floats
 from bilevel.hypergrad.evolution.evolution_strategies import EvolutionStrategies, antithetic
-from bilevel.hypergrad.evolution.perturbation import noise_doubts
+from bilevel.hypergrad.evolution.perturbation import at_rest, noise_doubts
 from bilevel.hypergrad.requirements import require_count, require_count_or_none, require_positive
+from bilevel.hypergrad.residuals import norm, ratio
 from bilevel.problem import Estimator, EstimatorState, Hypergradient, InnerSolver, Problem
 
 
@@ -87,7 +88,8 @@ class GuidedES:
             raise ValueError(
                 f"GuidedES.num_guides must be at most dim meta = {flat.size}, got {self.num_guides}"
             )
-        guides = jax.random.normal(key, (self.num_guides, flat.size), flat.dtype)
+        wide = jnp.promote_types(flat.dtype, jnp.float32)  # there is no orthonormal basis in bfloat16
+        guides = jax.random.normal(key, (self.num_guides, flat.size), wide)
         return GuidedState(guides, self.guide.init(problem, solver, meta, task, key))
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, GuidedState]:
@@ -104,21 +106,14 @@ class GuidedES:
             whole_key, span_key = jax.random.split(key)
             whole = jax.random.normal(whole_key, (size,), basis.dtype)
             span = basis @ jax.random.normal(span_key, (self.num_guides,), basis.dtype)
-            noise = unravel(self.alpha**0.5 * whole + (gain - self.alpha) ** 0.5 * span)
-            return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: jnp.zeros_like(leaf) if jax.tree_util.keystr(path) in still else leaf,
-                noise,
-            )
+            noise = self.alpha**0.5 * whole + (gain - self.alpha) ** 0.5 * span
+            return at_rest(unravel(noise.astype(newest.dtype)), still)
 
         h = antithetic(self, problem, solver, meta, task, key, sample)
-        grad = jax.tree.map(lambda leaf: leaf / gain, h.grad)
+        grad = jax.tree.map(lambda leaf: (leaf / gain).astype(leaf.dtype), h.grad)
         flat, _ = ravel_pytree(grad)
-        share = jnp.linalg.norm(basis.T @ flat) / jnp.maximum(
-            jnp.linalg.norm(flat), jnp.finfo(flat.dtype).tiny
-        )
-        return Hypergradient(h.value, grad, {**h.stats, "guided_share": share}), GuidedState(
-            guides, guide_state
-        )
+        stats = {**h.stats, "guided_share": ratio(norm(basis.T @ flat), norm(flat))}
+        return Hypergradient(h.value, grad, stats), GuidedState(guides, guide_state)
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
         """Says so when noise dominates."""

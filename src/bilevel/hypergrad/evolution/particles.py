@@ -23,6 +23,7 @@ from bilevel.hypergrad.evolution.perturbation import (
     draw,
     error_stats,
     map_chunks,
+    resolution,
     shift,
     squared_norm,
     unread,
@@ -147,7 +148,7 @@ def advance(
         sides = (jnp.array([1.0, -1.0]), state.inner)
         inner, losses, stats = map_chunks(lambda row: side(*row), sides, 1 if estimator.chunk == 1 else None)
         slope = (losses[0] - losses[1]) / (2 * sigma)
-        gradient = jax.tree.map(lambda leaf: (slope * leaf).astype(leaf.dtype), weight)
+        gradient = jax.tree.map(lambda leaf: slope * leaf, weight)
         window = jnp.where(state.window + 1 >= state.end, 0, state.window + 1)
         end = jnp.where(window == 0, num_windows(estimator, solver), state.end)
         state = Particles(inner, weight, window, end, life_key)
@@ -157,11 +158,14 @@ def advance(
     after, out = map_chunks(lambda row: particle(*row), (state, keys), estimator.chunk)
     grad, squares, value, stats = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), out)
     value, stats = jax.tree.map(jnp.mean, (value, stats))
+    error = error_stats(count * squares, grad, count)
+    grad = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), grad, meta)
     stats = {
         **stats,
         "window": jnp.mean(state.window, dtype=value.dtype),
         "num_windows": jnp.asarray(num_windows(estimator, solver), value.dtype),
-        **error_stats(count * squares, grad, count),
+        **error,
+        **resolution(meta, sigma),
         **gradient_stats(value, grad),
     }
     return Hypergradient(value, grad, stats), after

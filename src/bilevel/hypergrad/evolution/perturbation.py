@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.hypergrad.dependence import unused_leaves
+from bilevel.hypergrad.iterations.parts import is_float
 from bilevel.problem import Key, Meta, Scalar
 
 DOUBTFUL = math.sqrt(0.5)  # above it, more than half of the squared length of an estimate is noise
@@ -59,20 +60,23 @@ def map_chunks(function: Callable, xs: Any, chunk: int | None) -> Any:
 
 
 def sum_chunks(function: Callable, xs: Any, chunk: int | None) -> Any:
-    """The sum of `map_chunks`, with no more than `chunk` terms held at a time.
+    """The sum of `map_chunks`, in float32 or wider, with no more than `chunk` terms held at a time.
 
     >>> print(sum_chunks(lambda x: 2 * x, jnp.arange(5), 2))
     20
     """
     count = jax.tree.leaves(xs)[0].shape[0]
 
+    def wide(leaf):  # thousands of terms do not add up in bfloat16
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if is_float(leaf) else leaf
+
     def summed(part):
         if chunk == 1:
-            return function(jax.tree.map(lambda leaf: leaf[0], part))
-        return jax.tree.map(lambda leaf: leaf.sum(0), jax.vmap(function)(part))
+            return jax.tree.map(wide, function(jax.tree.map(lambda leaf: leaf[0], part)))
+        return jax.tree.map(lambda leaf: wide(leaf).sum(0), jax.vmap(function)(part))
 
     if chunk is None or count <= chunk:
-        return summed(xs) if chunk != 1 or count == 1 else function(xs)
+        return summed(xs)
     whole = count // chunk * chunk
     parts = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, chunk, *leaf.shape[1:]), xs)
     like = jax.eval_shape(summed, jax.tree.map(lambda leaf: leaf[0], parts))
@@ -111,13 +115,34 @@ def error_stats(sum_of_squares: Scalar, mean: Meta, count: int) -> dict[str, Sca
     return {"standard_error": jnp.where(length == 0, 0.0, ratio)}
 
 
-def noise_doubts(estimator: object, stats: Mapping[str, float], count: str, remedy: str) -> list[str]:
+def resolution(meta: Meta, sigma: float) -> dict[str, Scalar]:
+    """`resolution`: the spacing of the numbers near θ as a multiple of σ, of the leaf where it is coarsest.
+
+    >>> print(round(float(resolution(jnp.bfloat16(1.0), 0.001)["resolution"]), 1))
+    7.8
+    """
+    spacings = [
+        float(jnp.finfo(leaf.dtype).eps) * jnp.sqrt(jnp.mean(jnp.square(leaf.astype(float)))) / sigma
+        for leaf in jax.tree.leaves(meta)
+        if leaf.size
+    ]
+    return {"resolution": jnp.max(jnp.stack(spacings))} if spacings else {}
+
+
+def noise_doubts(estimator: Any, stats: Mapping[str, float], count: str, remedy: str) -> list[str]:
     """What to say when the estimate is mostly noise; `count` is the field that sets how many are drawn."""
-    error, drawn = stats.get("standard_error"), getattr(estimator, count)
+    error, drawn, said = stats.get("standard_error"), getattr(estimator, count), []
+    if stats.get("resolution", 0.0) > 0.1:
+        said = [
+            f"{type(estimator).__name__}: meta is moved by sigma={estimator.sigma:g}, and the spacing of "
+            f"numbers of its size and type is {stats['resolution']:.2g} times that: the moves are rounded, "
+            "and the hypergradient with them. Raise sigma, scale meta down, or give it a wider type"
+        ]
     if error is None or error <= DOUBTFUL:
-        return []
+        return said
     return [
+        *said,
         f"{type(estimator).__name__}: the hypergradient is mostly noise: its standard error is "
         f"{error:.0%} of its length with {count}={drawn} (more than {DOUBTFUL:.0%} is doubtful). The error "
-        f"falls as 1/√{count}: {remedy}, or take smaller outer steps, which average over calls"
+        f"falls as 1/√{count}: {remedy}, or take smaller outer steps, which average over calls",
     ]

@@ -244,7 +244,7 @@ def mean_entropy(logits: list[jax.Array]) -> Scalar:
     >>> print(jnp.exp(mean_entropy([jnp.zeros((2, 4))])))
     4.0
     """
-    each = [-jnp.sum(jax.nn.softmax(leaf) * jax.nn.log_softmax(leaf), -1).reshape(-1) for leaf in logits]
+    each = [jnp.sum(jax.scipy.special.entr(jax.nn.softmax(leaf)), -1).reshape(-1) for leaf in logits]
     return jnp.mean(jnp.concatenate(each))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,7 @@ class Bome:
     rate: float
     barrier: float = 0.5
     tolerance: float = 0.1
+    settles: ClassVar[bool] = True  # right once its own inner parameters have settled
 
     def __post_init__(self):
         require_positive(self, rate=self.rate, barrier=self.barrier, tolerance=self.tolerance)

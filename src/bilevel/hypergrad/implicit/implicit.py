@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevel.hypergrad.common import differentiate, outer_objective, split_keys
 from bilevel.hypergrad.implicit.implicit_function import implicit_function
 from bilevel.hypergrad.implicit.inner_system import inner_error, inner_system, require_solution, warn_of_zeros
-from bilevel.hypergrad.implicit.linear_solvers import LinearSolver, cg, inner_product
+from bilevel.hypergrad.implicit.linear_solvers import LinearSolver, cg, inner_product, solve_scaled
 from bilevel.hypergrad.requirements import require_positive
+from bilevel.hypergrad.residuals import norm
 from bilevel.problem import Hypergradient, InnerSolver, Key, Meta, Params, Problem, Task
 
 
@@ -140,10 +140,10 @@ def implicit_hypergradient(
 
     transposed = _transposed_product(root, system.params, symmetric=linear_solver.system == "gradient")
     b = jax.grad(outer)(system.params)
-    q, info = linear_solver.solve(transposed, b, _linear_key(inner_key))
-    size, residual = optax.tree.norm(b), optax.tree.norm(root(system.params))
+    q, info = solve_scaled(linear_solver, transposed, b, _linear_key(inner_key))
+    size, residual = norm(b), norm(root(system.params))
     product = transposed(q)
-    left = optax.tree.norm(jax.tree.map(jnp.subtract, product, b))
+    left = norm(jax.tree.map(jnp.subtract, product, b))
     usable = jnp.isfinite(residual) & jnp.isfinite(size)
     stats = {
         "inner_residual": residual,

@@ -12,7 +12,7 @@ from jax.core import eval_jaxpr
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from bilevel.hypergrad.implicit.linear_solvers import LinearSolver
+from bilevel.hypergrad.implicit.linear_solvers import LinearSolver, solve_scaled
 from bilevel.problem import Key
 
 
@@ -103,7 +103,7 @@ def _jvp(primals, tangents, *, root, linear_solver, num_params, levels):
     moving = [
         i
         for i, t in enumerate(tangents[num_params:])
-        if type(t) is not ad.Zero and jnp.issubdtype(operands[i].dtype, jnp.inexact)
+        if type(t) is not ad.Zero and jnp.issubdtype(jnp.result_type(operands[i]), jnp.inexact)
     ]
     if not moving:
         return out, [jnp.zeros_like(o) for o in out]
@@ -130,7 +130,7 @@ def _tangent(root, linear_solver, solution, operands, key, moving, dots):
         return jax.jvp(lambda *s: root(s, operands), solution, vector)[1]
 
     def solve(matvec, b):
-        return linear_solver.solve(matvec, b, key)[0]
+        return solve_scaled(linear_solver, matvec, b, key)[0]
 
     rate = jax.jvp(of_moving, tuple(operands[i] for i in moving), dots)[1]
     return jax.lax.custom_linear_solve(

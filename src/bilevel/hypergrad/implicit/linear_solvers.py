@@ -44,6 +44,21 @@ class LinearSolver(Protocol):
         ...
 
 
+def solve_scaled(
+    solver: LinearSolver, matvec: Callable[[Vector], Vector], b: Vector, key: Key
+) -> tuple[Vector, Info]:
+    """`solver.solve` on b with a largest element of 1: the squares of small ones would vanish.
+
+    >>> q, _ = solve_scaled(cg(1), lambda v: 2 * v, jnp.float32(1e-30), jax.random.key(0))
+    >>> print(q)
+    5e-31
+    """
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(float) for x in jax.tree.leaves(b)]))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    q, info = solver.solve(matvec, jax.tree.map(lambda x: (x / scale).astype(x.dtype), b), key)
+    return jax.tree.map(lambda x: (x * scale).astype(x.dtype), q), info
+
+
 @dataclass(frozen=True)
 class ConjugateGradient:
     """See `cg`."""

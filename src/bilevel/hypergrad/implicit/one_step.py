@@ -32,8 +32,8 @@ class OneStep:
         FirstOrderWarning: as `Implicit`, for leaves that act only through the start or the rates.
 
     Cost: the inner solve and about 3 inner gradients, one of them for the residual that it reports.
-    Independent of K in memory and of dim θ. Biased: relative error at most max|1 − η λ| (1 + κ) over the
-    eigenvalues λ of the Hessian, of condition κ, and small only where they are all near 1 / η.
+    Independent of K in memory and of dim θ. Biased: q is off by at most max|1 − η λ| of its length
+    over the eigenvalues λ of the Hessian, which is small only where they are all near 1 / η.
 
     Reference: Luketina et al., T1-T2, 2016; Bolte, Pauwels, Vaiter, 2023.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ class Forward:
         Zₖ = dφₖ/dθ,   Zₖ₊₁ = (∂Φ/∂φ) Zₖ + ∂Φ/∂θ,   dF/dθ = ∂θ f + Z_Kᵀ ∂φ f
         with n directions uᵢ of independent signs:   dF/dθ ≈ (1/n) Σᵢ ⟨dF/dθ, uᵢ⟩ uᵢ
 
-    Takes any solver that JAX can push a tangent through: steps, closed forms and while loops (a solver that
-    iterates to convergence is differentiated through the iterations that it ran).
+    Takes any solver that JAX can push a tangent through: steps, closed forms and while loops.
+    (`bl.inner.Converged` brings optimistix's own implicit rule along: exact where it has converged.)
 
     Args:
         num_directions: n; None takes every element of meta, which is exact.
@@ -69,6 +69,7 @@ class Forward:
 
     num_directions: int | None = None
     chunk: int | None = None
+    nests: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("num_directions", "chunk"):
@@ -119,7 +120,7 @@ class Forward:
             flat = _mean(lambda i: slopes[i] * directions(i), count)
             variance = (point.size - 1) / count * jnp.mean(slopes**2)
             sizes["standard_error"] = jnp.sqrt(variance)
-        grad = back(flat)
+        grad = back(flat.astype(point.dtype))
         return Hypergradient(value, grad, {**stats, **sizes, **gradient_stats(value, grad)}), state
 
     def trajectory(
@@ -175,11 +176,17 @@ class Forward:
 
         begin = push(start, (point,), (basis,))
         values, slopes, losses = jax.lax.scan(body, begin, length=solver.num_steps)[1]
-        return Hypergradient(values, jax.vmap(back)(slopes), {"inner_loss": losses})
+        return Hypergradient(values, jax.vmap(back)(slopes.astype(point.dtype)), {"inner_loss": losses})
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
         """What a user should hear about these stats."""
         size, directions = stats.get("meta_size", 0.0), stats.get("directions", 1.0)
+        if stats.get("converged", 1.0) < 1:
+            return [
+                "Forward: the inner solver stopped before it had converged (inner_residual "
+                f"{stats.get('inner_residual', float('nan')):.3g}), and its derivative is that of one that "
+                "has; give it more max_steps, or run steps of bl.inner.Gradient(optimizer, num_steps)"
+            ]
         if self.num_directions is None and size > _MANY:
             return [
                 f"Forward differentiates the inner loop once for each of the {size:.0f} elements of meta; "

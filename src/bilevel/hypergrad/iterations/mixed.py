@@ -43,6 +43,7 @@ class Mixed:
 
     checkpoint: int | Checkpointing | None = None
     gradient: ClassVar = staticmethod(mixed_gradient)
+    nests: ClassVar[bool] = True  # the estimate itself can be differentiated
 
     def __post_init__(self):
         require_checkpoint(self, self.checkpoint)

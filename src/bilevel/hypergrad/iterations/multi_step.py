@@ -1,6 +1,7 @@
 """Multi-step outer loss (MAML++): every inner iterate is judged, not only the last."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,14 @@ class MultiStep:
 
     num_annealing_steps: int = 0
     adjoint: Unroll | Mixed = field(default_factory=Mixed)
+    nests: ClassVar[bool] = True
 
     def __post_init__(self):
+        if not isinstance(self.adjoint, Unroll | Mixed):
+            raise TypeError(
+                "MultiStep.adjoint must be bl.hypergrad.Mixed() or Unroll(), got "
+                f"{type(self.adjoint).__name__}"
+            )
         if self.num_annealing_steps < 0:
             raise ValueError(
                 f"MultiStep.num_annealing_steps must be at least 0, got {self.num_annealing_steps}"

@@ -56,6 +56,7 @@ class Unroll:
 
     checkpoint: int | Checkpointing | None = None
     gradient: ClassVar = staticmethod(reverse_gradient)
+    nests: ClassVar[bool] = True  # the estimate itself can be differentiated
 
     def __post_init__(self):
         require_checkpoint(self, self.checkpoint)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 
@@ -12,7 +13,7 @@ from bilevel.hypergrad.requirements import (
     require_positive,
     require_stepping,
 )
-from bilevel.hypergrad.single_loop.minibatch import draw_task
+from bilevel.hypergrad.single_loop.minibatch import SERIES, draw_task
 from bilevel.hypergrad.single_loop.warm_start import (
     Warm,
     implicit_hypergradient,
@@ -73,6 +74,7 @@ class AmIGO:
     linear_steps: int = 10
     batch_size: int | None = None
     tolerance: float = 0.1
+    settles: ClassVar[bool] = True  # right once its own inner parameters have settled
 
     def __post_init__(self):
         require_positive(self, linear_rate=self.linear_rate, tolerance=self.tolerance)
@@ -91,14 +93,14 @@ class AmIGO:
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, Warm]:
         """One direction in θ at the φ and q that the steps of this call have reached."""
         inner_key, outer_key = split_keys(key)
-        step_key = jax.random.split(inner_key)[1]
+        step_key, series_key = jax.random.split(inner_key)[1], jax.random.fold_in(inner_key, SERIES)
         inner = move_inner(problem, solver, meta, task, state.inner, step_key, self.batch_size)
         rows = draw_task(task, self.batch_size, inner_key)
         direct, slope = outer_parts(problem, inner.params, meta, rows, outer_key)
         warn_of_leaves_out_of_sight(self, problem, inner.params, meta, rows, key)
 
         def linear(q, k):
-            k_key = jax.random.fold_in(inner_key, k)
+            k_key = jax.random.fold_in(series_key, k)
             drawn = draw_task(task, self.batch_size, k_key).support
             products = inner_products(problem, inner.params, meta, drawn, k_key, q)
             return linear_step(q, products.hessian_q, slope, self.linear_rate), None

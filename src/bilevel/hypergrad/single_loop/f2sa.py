@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,7 @@ class F2sa:
     batch_size: int | None = None
     tolerance: float = 0.1
     rounding: float = 0.01
+    settles: ClassVar[bool] = True  # right once its own inner parameters have settled
 
     def __post_init__(self):
         require_positive(self, multiplier=self.multiplier, tolerance=self.tolerance, rounding=self.rounding)

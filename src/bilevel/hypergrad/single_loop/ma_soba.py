@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,7 @@ class MaSoba:
     average_rate: float = 0.1
     batch_size: int | None = None
     tolerance: float = 0.1
+    settles: ClassVar[bool] = True  # right once its own inner parameters have settled
 
     def __post_init__(self):
         if not 0 < self.average_rate <= 1:

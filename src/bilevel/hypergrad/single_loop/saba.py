@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,7 @@ class Saba:
     linear_rate: float
     batch_size: int | None = None
     tolerance: float = 0.1
+    settles: ClassVar[bool] = True  # right once its own inner parameters have settled
 
     def __post_init__(self):
         require_positive(self, linear_rate=self.linear_rate, tolerance=self.tolerance)
