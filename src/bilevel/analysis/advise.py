@@ -135,7 +135,10 @@ def advise(
     if seconds is not None:
         require_positive("advise", seconds=seconds)
     meta, tasks = in_arrays(meta), in_arrays(tasks)
-    require_scalar_losses(problem, meta, task_at(tasks, 0), key)
+    try:
+        require_scalar_losses(problem, meta, task_at(tasks, 0), key)
+    except Exception as error:
+        raise ValueError(f"the problem itself cannot run ({one_line(error)}); bl.check says more") from error
     some = first_tasks(tasks, num_tasks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the table says it
