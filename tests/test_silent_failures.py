@@ -242,3 +242,6 @@ def test_check_refuses_what_is_no_count_and_names_a_loss_that_is_no_scalar():
     assert "inner_loss must return a scalar, got shape (2,)" in report.verdict
     with pytest.raises(ValueError, match="inner_loss must return a scalar"):
         bl.advise(vector, solver, jnp.ones(2), tasks, KEY)
+    broken = replace(problem, outer_loss=lambda params, meta, batch, key: jnp.nan * jnp.sum(params))
+    with pytest.raises(ValueError, match="the outer loss itself is nan"):
+        bl.advise(broken, solver, jnp.ones(2), tasks, KEY)

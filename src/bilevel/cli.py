@@ -208,6 +208,8 @@ def _advise(words: list[str]) -> int:
     parsed = _parse("bilevel advise", _Advise, words, "Compare the estimators on a recipe's problem.")
     flags = dataclasses.asdict(parsed)
     name, out = flags.pop("recipe"), flags.pop("out")
+    if out is not None:  # before the minutes of measuring, not after
+        out.parent.mkdir(parents=True, exist_ok=True)
     advice = run_advise(find_recipe(name)().build(), **flags)
     print(advice)
     if out is not None:

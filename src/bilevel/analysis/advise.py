@@ -156,6 +156,8 @@ def advise(
                 raise ValueError(
                     f"the problem itself cannot run ({one_line(error)}); bl.check says more"
                 ) from error
+        if not math.isfinite(ref.value):
+            raise ValueError(f"the outer loss itself is {ref.value} here: there is nothing to compare")
         trials = [
             _try(name, estimator, problem, solver, meta, tasks, some, key, ref, wide, repeats, task_chunk)
             for name, estimator in estimators.items()
