@@ -7,58 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from evolution_tools import KEY, NO_TASK, Z, direct, once, repeat, z_scores
 
 import bilevel as bl
-from bilevel.hypergrad import GuidedES, Unroll
+from bilevel.hypergrad import Unroll
 from bilevel.hypergrad.evolution.evolution_strategies import EvolutionStrategies
 from bilevel.hypergrad.evolution.perturbation import sum_chunks
 from bilevel.testing import assert_close, assert_trees_close, dead_relu, quadratic
-
-NO_TASK = bl.Task(None, None)
-KEY = jax.random.key(0)
-Z = 3.29  # 99.9% of a normal distribution lie within ±3.29
-
-
-def direct(loss):
-    """A problem whose inner solution is θ itself, after one step, so that F(θ) = loss(θ)."""
-    problem = bl.Problem(
-        init=lambda meta, key: jax.tree.map(jnp.zeros_like, meta),
-        inner_loss=lambda params, meta, batch, key: (
-            0.5 * optax.tree.norm(optax.tree.sub(params, meta), squared=True)
-        ),
-        outer_loss=lambda params, meta, batch, key: loss(params),
-    )
-    return problem, bl.inner.Gradient(optax.sgd(1.0), 1)
-
-
-def once(estimator, problem, solver, meta, task=NO_TASK, key=KEY):
-    """`bl.hypergradient` without its warnings: most estimates here are noisy on purpose."""
-    estimator.check(problem, solver)
-
-    @jax.jit
-    def run(meta, task, key):
-        state = estimator.init(problem, solver, meta, task, key)
-        return estimator.estimate(problem, solver, meta, task, state, key)[0]
-
-    return run(meta, task, key)
-
-
-def repeat(estimator, problem, solver, meta, task=NO_TASK, times=2000):
-    """`times` independent estimates: leaves `[times, ...]`."""
-    keys = jax.random.split(jax.random.key(1), times)
-
-    run = jax.jit(
-        lambda meta, keys: jax.lax.map(lambda key: once(estimator, problem, solver, meta, task, key), keys)
-    )
-    return run(meta, keys)
-
-
-def z_scores(samples, expected):
-    """How many standard errors the mean of samples `[R, ...]` is off."""
-    samples = np.asarray(samples)
-    error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
-    return np.abs(samples.mean(axis=0) - np.asarray(expected)) / error
-
 
 # Unbiased, and for what
 
@@ -352,93 +307,3 @@ def test_refusals_name_the_fault_and_the_remedy():
     vector = replace(problem, outer_loss=lambda params, meta, batch, key: params)
     with pytest.raises(ValueError, match="outer_loss must return a scalar"):
         once(estimator, vector, solver, jnp.ones(2), NO_TASK, KEY)
-
-
-# Guided
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A guide that always says the same."""
-
-    answer: tuple
-
-    def check(self, problem, solver):
-        pass
-
-    def init(self, problem, solver, meta, task, key):
-        return ()
-
-    def estimate(self, problem, solver, meta, task, state, key):
-        return bl.Hypergradient(jnp.zeros(()), {"x": jnp.array(self.answer)}, {}), state
-
-
-SLOPE = np.array([1.0, -2.0, 0.5, 3.0, 0.0, 1.0])
-
-
-def guided(guide, num_pairs=2, alpha=0.3, times=4000):
-    problem, solver = direct(lambda params: params["x"] @ SLOPE)
-    estimator = GuidedES(0.1, num_pairs, Constant(tuple(guide)), alpha=alpha)
-    return np.asarray(repeat(estimator, problem, solver, {"x": jnp.zeros(6)}, times=times).grad["x"])
-
-
-def test_guided_es_is_unbiased_in_the_span_and_shrunk_outside(x64):
-    guide = np.array([1.0, -1.0, 0.0, 1.0, 0.0, 0.0])
-    u = guide / np.linalg.norm(guide)
-    inside = u * (u @ SLOPE)
-    expected = inside + 0.3 / (0.3 + 0.7 * 6) * (SLOPE - inside)
-    samples = guided(guide)
-    assert np.all(z_scores(samples, expected) < Z)
-    assert np.any(z_scores(samples, SLOPE) > Z), "it is biased, as it says"
-
-
-def test_alpha_of_one_is_plain_evolution(x64):
-    assert np.all(z_scores(guided(np.ones(6), alpha=1.0), SLOPE) < Z)
-
-
-def test_a_good_guide_lowers_the_error(x64):
-    def error(samples):
-        return np.mean(np.sum((samples - SLOPE) ** 2, axis=1)) / np.sum(SLOPE**2)
-
-    problem, solver = direct(lambda params: params["x"] @ SLOPE)
-    plain = repeat(EvolutionStrategies(0.1, 2), problem, solver, {"x": jnp.zeros(6)}, times=2000).grad["x"]
-    # Theory: (n + 1) / N = 3.5 against about (1 + 1) / N = 1 with a guide along the gradient.
-    np.testing.assert_allclose(error(np.asarray(plain)), 3.5, rtol=0.15)
-    assert error(guided(SLOPE, alpha=0.01, times=2000)) < 1.2
-
-
-@pytest.mark.filterwarnings("ignore::bilevel.HypergradientWarning")
-def test_guided_es_keeps_its_guides_and_trains():
-    problem, solver = direct(lambda params: jnp.sum((params["x"] - 1.0) ** 2))
-    estimator = GuidedES(0.05, 4, bl.hypergrad.FirstOrder(), num_guides=2)
-    learner = bl.Learner(problem, solver, GuidedES(0.05, 4, Unroll(), num_guides=2))
-    sample = bl.tasks.batch(lambda key: bl.Task(jnp.zeros(1), jnp.zeros(1)), 1)
-    optimizer = optax.adam(0.1)
-    state = bl.init_state(learner, optimizer, sample, KEY, {"x": jnp.zeros(6)})
-    state = bl.train(learner, optimizer, sample, state, 200)
-    assert state.estimator_state.guides.shape == (1, 2, 6)
-    np.testing.assert_allclose(state.meta["x"], 1.0, atol=0.1)
-    assert estimator.doubts({"standard_error": 2.0})[0].startswith(
-        "GuidedES: the hypergradient is mostly noise"
-    )
-
-
-def test_what_guided_es_refuses():
-    for fields, match in (
-        ({"alpha": 0.0}, "alpha must be a positive number"),
-        ({"alpha": 1.5}, "alpha must be at most 1"),
-        ({"num_guides": 0}, "num_guides must be a whole number"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            GuidedES(0.1, 2, Unroll(), **fields)
-    problem, solver = direct(lambda params: params["x"] @ SLOPE)
-    with pytest.raises(ValueError, match="at most dim meta = 6, got 7"):
-        once(GuidedES(0.1, 2, Unroll(), num_guides=7), problem, solver, {"x": jnp.zeros(6)})
-    with pytest.raises(TypeError, match="Unroll"):
-        bl.Learner(problem, NoSteps(), GuidedES(0.1, 2, Unroll()))
-
-
-@dataclass(frozen=True)
-class NoSteps:
-    def solve(self, problem, meta, task, key):
-        return bl.Solution(meta, {})

@@ -186,8 +186,6 @@ def test_version_is_the_one_of_pyproject():
 
 def readme() -> str:
     path = ROOT / "README.md"
-    if not path.exists():
-        pytest.skip("README.md is absent: its tree and its commands are NOT checked")
     return path.read_text(encoding="utf-8")
 
 

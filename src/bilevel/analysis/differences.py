@@ -115,11 +115,5 @@ def directions(
     return names, found
 
 
-def dot(a: Any, b: Any) -> float:
-    """⟨a, b⟩ of two trees, in float64 NumPy."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return float(sum(np.vdot(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in pairs))
-
-
 def _dtype(tree: Any):
     return jnp.result_type(*jax.tree.leaves(tree), jnp.float32)

@@ -66,14 +66,14 @@ def require_positive(owner: object, **fields: Any) -> None:
     """
     for name, value in fields.items():
         if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")):
-            raise ValueError(f"{_name(owner)}.{name} must be a positive number, got {value!r}")
+            raise ValueError(f"{name_of(owner)}.{name} must be a positive number, got {value!r}")
 
 
 def require_count(owner: object, **fields: Any) -> None:
     """Refuse fields that are no whole number of at least 1."""
     for name, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{_name(owner)}.{name} must be a whole number of at least 1, got {value!r}")
+            raise ValueError(f"{name_of(owner)}.{name} must be a whole number of at least 1, got {value!r}")
 
 
 def require_count_or_none(owner: object, **fields: Any) -> None:
@@ -81,9 +81,10 @@ def require_count_or_none(owner: object, **fields: Any) -> None:
     for name, value in fields.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(
-                f"{_name(owner)}.{name} must be None or a whole number of at least 1, got {value!r}"
+                f"{name_of(owner)}.{name} must be None or a whole number of at least 1, got {value!r}"
             )
 
 
-def _name(owner: object) -> str:
+def name_of(owner: object) -> str:
+    """What an estimator is called; `owner` is an object, or the name itself."""
     return owner if isinstance(owner, str) else type(owner).__name__

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from bilevel.hypergrad.dependence import unused_leaves
 from bilevel.hypergrad.doubts import FirstOrderWarning
+from bilevel.hypergrad.requirements import name_of
 from bilevel.problem import Meta, Scalar
 
 # What an estimator that never looks at the way to the solution says of the leaves it cannot see.
@@ -67,7 +68,12 @@ def cancellation(a: Any, b: Any) -> Scalar:
 
 
 def warn_of_zero_leaves(
-    estimator: object, function: Callable, meta: Meta, *rest: Any, because: str = OUT_OF_SIGHT
+    owner: object,
+    function: Callable,
+    meta: Meta,
+    *rest: Any,
+    because: str = OUT_OF_SIGHT,
+    stacklevel: int = 4,
 ) -> None:
     """Name each leaf of meta that `function(meta, *rest)` cannot depend on, so that it gets exactly zero.
 
@@ -77,9 +83,9 @@ def warn_of_zero_leaves(
     if unused := unused_leaves(function, meta, *rest):
         names = ", ".join(f"meta{name}" for name in unused)
         warnings.warn(
-            f"{type(estimator).__name__} gives {names} a hypergradient of exactly zero: {because}",
+            f"{name_of(owner)} gives {names} a hypergradient of exactly zero: {because}",
             FirstOrderWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevel.hypergrad.common import as_floats, gradient_stats, noise_key, outer_objective, split_keys
 from bilevel.hypergrad.evolution.perturbation import (
@@ -14,7 +15,6 @@ from bilevel.hypergrad.evolution.perturbation import (
     noise_doubts,
     resolution,
     shift,
-    squared_norm,
     sum_chunks,
     unread,
 )
@@ -123,7 +123,7 @@ def antithetic(
         slope = (values[0] - values[1]) / (2 * sigma)
         gradient = jax.tree.map(lambda leaf: slope * leaf, noise)
         means = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), (values, stats))
-        return gradient, squared_norm(gradient), means
+        return gradient, optax.tree.norm(gradient, squared=True), means
 
     keys = jax.random.split(noise_key(key), count)
     total = sum_chunks(pair, keys, chunk)

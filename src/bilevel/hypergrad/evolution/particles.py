@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevel.hypergrad.common import (
     as_floats,
@@ -25,7 +26,6 @@ from bilevel.hypergrad.evolution.perturbation import (
     map_chunks,
     resolution,
     shift,
-    squared_norm,
     unread,
 )
 from bilevel.hypergrad.requirements import require_count, require_count_or_none, require_positive
@@ -152,7 +152,7 @@ def advance(
         window = jnp.where(state.window + 1 >= state.end, 0, state.window + 1)
         end = jnp.where(window == 0, num_windows(estimator, solver), state.end)
         state = Particles(inner, weight, window, end, life_key)
-        return state, (gradient, squared_norm(gradient), losses, stats)
+        return state, (gradient, optax.tree.norm(gradient, squared=True), losses, stats)
 
     keys = jax.random.split(noise_key(key), count)
     after, out = map_chunks(lambda row: particle(*row), (state, keys), estimator.chunk)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.hypergrad.dependence import unused_leaves
-from bilevel.hypergrad.iterations.parts import is_float
+from bilevel.hypergrad.parts import is_float
 from bilevel.problem import Key, Meta, Scalar
 
 DOUBTFUL = math.sqrt(0.5)  # above it, more than half of the squared length of an estimate is noise
@@ -90,11 +90,6 @@ def sum_chunks(function: Callable, xs: Any, chunk: int | None) -> Any:
     return total
 
 
-def squared_norm(tree: Any) -> Scalar:
-    """The sum of the squares of all elements."""
-    return optax.tree.norm(tree, squared=True)
-
-
 def error_stats(sum_of_squares: Scalar, mean: Meta, count: int) -> dict[str, Scalar]:
     """`standard_error`: that of a mean of `count` gradients, as a multiple of the length of the mean.
 
@@ -103,12 +98,12 @@ def error_stats(sum_of_squares: Scalar, mean: Meta, count: int) -> dict[str, Sca
     One gradient tells nothing of its error: then there is no such figure.
 
     >>> gradients = jnp.array([[1.0, 0.0], [3.0, 0.0]])
-    >>> error_stats(squared_norm(gradients), gradients.mean(0), 2)["standard_error"]
+    >>> error_stats(optax.tree.norm(gradients, squared=True), gradients.mean(0), 2)["standard_error"]
     Array(0.5, dtype=float32)
     """
     if count < 2:
         return {}
-    length = squared_norm(mean)
+    length = optax.tree.norm(mean, squared=True)
     variance = jnp.maximum(sum_of_squares - count * length, 0.0) / (count * (count - 1))
     # A gradient of exactly zero has no relative error: nothing was found, with certainty or without.
     ratio = jnp.sqrt(variance) / jnp.where(length == 0, 1.0, jnp.sqrt(length))

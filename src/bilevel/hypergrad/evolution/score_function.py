@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.hypergrad.common import as_floats, gradient_stats, noise_key, outer_objective, split_keys
-from bilevel.hypergrad.evolution.perturbation import error_stats, map_chunks, noise_doubts, squared_norm
+from bilevel.hypergrad.evolution.perturbation import error_stats, map_chunks, noise_doubts
 from bilevel.hypergrad.requirements import require_count, require_count_or_none
 from bilevel.problem import Estimator, Hypergradient, InnerSolver, Key, Meta, Problem, Scalar
 
@@ -192,7 +192,7 @@ class ScoreFunction:
         stats = {
             **stats,
             "entropy": mean_entropy(logits(meta)),
-            **error_stats(squared_norm(logits(parts)), logits(grad), self.num_samples),
+            **error_stats(optax.tree.norm(logits(parts), squared=True), logits(grad), self.num_samples),
             **gradient_stats(value, grad),
         }
         return Hypergradient(value, grad, stats), state

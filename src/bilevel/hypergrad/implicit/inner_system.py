@@ -1,6 +1,5 @@
 """The equations that an inner solution satisfies, and what is known of how well it does."""
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -9,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.hypergrad.common import largest_elements, outer_objective
-from bilevel.hypergrad.dependence import unused_leaves
-from bilevel.hypergrad.doubts import FirstOrderWarning
 from bilevel.hypergrad.implicit.implicit_function import frozen
+from bilevel.hypergrad.parts import is_float
+from bilevel.hypergrad.residuals import warn_of_zero_leaves
 from bilevel.inner.gradient import unroll
 from bilevel.inner.solution import solution_keys, solution_stats
 from bilevel.linalg import mixed_gradient, reverse_gradient
@@ -77,7 +76,7 @@ def inner_system(
 
 
 def _update_root(problem: Problem, solver: IterativeSolver, state: InnerState, key: Key) -> Callable:
-    others = [leaf for leaf in jax.tree.leaves(state._replace(params=())) if _is_float(leaf)]
+    others = [leaf for leaf in jax.tree.leaves(state._replace(params=())) if is_float(leaf)]
     if others:
         raise TypeError(
             f"the optimizer of {type(solver).__name__} carries {len(others)} arrays of floats from step to "
@@ -91,10 +90,6 @@ def _update_root(problem: Problem, solver: IterativeSolver, state: InnerState, k
         return jax.tree.map(jnp.subtract, params, after.params)
 
     return root
-
-
-def _is_float(leaf) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def require_solution(estimator: object, solver: InnerSolver, system: str) -> None:
@@ -145,12 +140,13 @@ def warn_of_zeros(name: str, problem: Problem, system: InnerSystem, meta: Meta, 
         # Plain reverse mode: what a custom rule reads cannot be told apart.
         return value, system.root(params, meta, task, reverse_gradient)
 
-    if unused := unused_leaves(acting, meta, system.params):
-        names = ", ".join(f"meta{leaf}" for leaf in unused)
-        warnings.warn(
-            f"{name} gives {names} a hypergradient of exactly zero: a solution of the inner problem does not "
-            "depend on where the solver started or how fast it went. To learn an initialization tie it to "
-            "the solution with bl.inner.proximal(problem, strength), or use bl.hypergrad.Mixed() or Unroll()",
-            FirstOrderWarning,
-            stacklevel=4,
-        )
+    warn_of_zero_leaves(
+        name,
+        acting,
+        meta,
+        system.params,
+        because="a solution of the inner problem does not depend on where the solver started or how fast it "
+        "went. To learn an initialization tie it to the solution with bl.inner.proximal(problem, strength), "
+        "or use bl.hypergrad.Mixed() or Unroll()",
+        stacklevel=5,
+    )

@@ -10,9 +10,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel.hypergrad.common import as_floats, gradient_stats, noise_key, outer_objective, split_keys
-from bilevel.hypergrad.iterations.parts import apart, joined
 from bilevel.hypergrad.iterations.pushforward import by_forward_mode
-from bilevel.hypergrad.requirements import require_iterative
+from bilevel.hypergrad.parts import apart, joined
+from bilevel.hypergrad.requirements import require_count_or_none, require_iterative
 from bilevel.problem import (
     Hypergradient,
     InnerSolver,
@@ -72,12 +72,7 @@ class Forward:
     nests: ClassVar[bool] = True
 
     def __post_init__(self):
-        for name in ("num_directions", "chunk"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(
-                    f"Forward.{name} must be None or a whole number of at least 1, got {value!r}"
-                )
+        require_count_or_none(self, num_directions=self.num_directions, chunk=self.chunk)
 
     def check(self, problem: Problem, solver: InnerSolver) -> None:
         """Takes every solver."""

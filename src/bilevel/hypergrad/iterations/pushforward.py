@@ -10,7 +10,7 @@ from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 from jax.interpreters import ad, batching, mlir
 
-from bilevel.hypergrad.iterations.parts import is_float
+from bilevel.hypergrad.parts import is_float
 
 
 def by_forward_mode(function: Callable) -> Callable:

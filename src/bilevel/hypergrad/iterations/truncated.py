@@ -9,8 +9,8 @@ import optax
 
 from bilevel.hypergrad.common import as_floats, gradient_stats, outer_objective, split_keys
 from bilevel.hypergrad.iterations.mixed import Mixed
-from bilevel.hypergrad.iterations.parts import apart, joined
 from bilevel.hypergrad.iterations.unroll import Unroll
+from bilevel.hypergrad.parts import apart, joined
 from bilevel.hypergrad.requirements import require_iterative
 from bilevel.hypergrad.residuals import doubt_above, norm, ratio, warn_of_zero_leaves
 from bilevel.inner.gradient import run_steps
