@@ -1,6 +1,9 @@
 """What the tests of single-loop estimators share."""
 
+import jax
+import jax.numpy as jnp
 import optax
+from bilevel_references import as_arrays
 
 import bilevel as bl
 from bilevel.hypergrad.single_loop.amigo import AmIGO
