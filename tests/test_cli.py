@@ -110,16 +110,16 @@ def test_missing_and_damaged_data(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()  # nothing to clean up before the next try
     (tmp_path / "omniglot.npz").write_bytes(b"PK\x03\x04 this is not an archive")
     line = fails(
-        capsys, "train", "maml-omniglot", "--folder", tmp_path / "b", "--data", tmp_path / "omniglot.npz"
+        capsys, "train", "maml-omniglot", "--folder", tmp_path / "b", "--task.data", tmp_path / "omniglot.npz"
     )
     assert "omniglot.npz" in line
 
 
 def test_impossible_tasks(capsys, tmp_path, data_folder, monkeypatch):
     monkeypatch.setenv("BILEVEL_DATA", str(data_folder))
-    line = fails(capsys, "train", "maml-omniglot", "--folder", tmp_path / "a", "--ways", 5000)
+    line = fails(capsys, "train", "maml-omniglot", "--folder", tmp_path / "a", "--task.ways", 5000)
     assert "5000" in line
-    assert "20" in fails(capsys, "train", "maml-omniglot", "--folder", tmp_path / "b", "--shots", 20)
+    assert "20" in fails(capsys, "train", "maml-omniglot", "--folder", tmp_path / "b", "--task.shots", 20)
 
 
 def test_a_checkpoint_cut_in_half_falls_back_to_the_one_before(run, tmp_path, capsys):

@@ -7,6 +7,7 @@ import optax
 
 import bilevel as bl
 from bilevel.recipes.experiment import Experiment
+from bilevel.recipes.few_shot import FewShotData
 from bilevel.recipes.maml import Maml, from_scratch
 
 
@@ -18,24 +19,14 @@ class MamlGlyphs:
     """Outer steps."""
     seed: int = 0
     """All randomness of the run follows from it."""
-    ways: int = 5
-    """Classes of a task."""
-    shots: int = 1
-    """Support examples of a class."""
-    queries: int = 1
-    """Query examples of a class in training."""
-    num_tasks: int = 16
-    """Tasks of an outer step."""
+    task: FewShotData = field(default_factory=lambda: FewShotData("glyphs", eval_queries=1, eval_tasks=600))
+    """The tasks; as many queries at evaluation as in training, for batch norm sees them together."""
     filters: int = 32
     """Width of conv4."""
     learning_rate: float = 1e-3
     """Of the outer Adam, at the start; it falls to a hundredth along a cosine."""
-    eval_queries: int = 1
-    """Query examples of a class at evaluation; as many as in training, for batch norm sees them together."""
     eval_steps: int = 5
     """Inner steps at evaluation."""
-    eval_tasks: int = 600
-    """Test tasks."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 multiplies faster where the processor can, with two to three digits; see conv4."""
     maml: Maml = field(default_factory=Maml)
@@ -43,26 +34,12 @@ class MamlGlyphs:
 
     def build(self) -> Experiment:
         """Put the experiment together."""
-        net = bl.nets.conv4(self.ways, self.filters, compute_dtype=self.compute_dtype)
+        net = bl.nets.conv4(self.task.ways, self.filters, compute_dtype=self.compute_dtype)
         loss = bl.learners.cross_entropy
         schedule = optax.cosine_decay_schedule(self.learning_rate, self.num_meta_steps, alpha=0.01)
-
-        def tasks(split: str, queries: int):
-            return bl.tasks.Glyphs(self.ways, self.shots, queries, split)
-
-        return Experiment(
-            learner=self.maml.learner(net, loss),
-            optimizer=optax.adam(schedule),
-            sample_tasks=bl.tasks.batch(tasks("train", self.queries), self.num_tasks),
-            sample_test=tasks("test", self.eval_queries),
-            other_tests={"15 queries a class at once": tasks("test", 15)},
-            protocol=(
-                f"glyphs, {self.ways}-way {self.shots}-shot, {self.eval_queries} a class to tell, unseen "
-                "classes, transductive batch norm"
-            ),
+        return self.task.experiment(
+            self.maml.learner(net, loss),
+            optax.adam(schedule),
             eval_steps=self.eval_steps,
-            eval_tasks=self.eval_tasks,
             scratch=from_scratch(net, loss, optax.adam(1e-2), 20),
-            chance={"accuracy": 1 / self.ways},
-            pictures="classification",
         )

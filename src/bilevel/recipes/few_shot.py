@@ -1,0 +1,104 @@
+"""Where the classes of a few-shot recipe come from, and how its tasks are cut out of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+import bilevel as bl
+from bilevel.problem import Key, Learner, Task
+from bilevel.recipes.experiment import Experiment
+
+_DRAWINGS = 20  # of each character of Omniglot
+
+
+@dataclass(frozen=True)
+class FewShotData:
+    """The tasks of a few-shot recipe: N ways, K shots, unseen classes in the test."""
+
+    dataset: Literal["glyphs", "omniglot"] = "omniglot"
+    """glyphs are drawn by a program and need no file; omniglot is read from --task.data or BILEVEL_DATA."""
+    ways: int = 5
+    """Classes of a test task, and of a training task unless --task.train-ways says otherwise."""
+    shots: int = 1
+    """Support examples of a class."""
+    queries: int = 1
+    """Query examples of a class in training."""
+    num_tasks: int = 16
+    """Tasks of an outer step."""
+    train_ways: int | None = None
+    """Classes of a training task, for learners that can be tested on another number of them."""
+    eval_queries: int = 15
+    """Query examples of a class at evaluation."""
+    eval_tasks: int = 1000
+    """Test tasks."""
+    data: Path | None = None
+    """omniglot.npz, an official zip, or a folder with them; else BILEVEL_DATA and the cache are tried."""
+    download: bool = False
+    """Get Omniglot's official archives into the cache folder when no data is found."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a picture."""
+        return (28, 28, 1)
+
+    def sampler(
+        self, split: str, *, ways: int | None = None, shots: int | None = None, queries: int | None = None
+    ) -> Callable[[Key], Task]:
+        """One task of the classes of a split, "train" or "test"."""
+        sizes = (ways or self.ways, shots or self.shots, queries or self.queries)
+        if self.dataset == "glyphs":
+            return bl.tasks.Glyphs(*sizes, split)
+        return bl.tasks.omniglot(split, *sizes, self.data, self.download)
+
+    def training(self) -> Callable[[Key], Task]:
+        """Batches of training tasks."""
+        return bl.tasks.batch(self.sampler("train", ways=self.train_ways), self.num_tasks)
+
+    def experiment(
+        self,
+        learner: Learner,
+        optimizer: optax.GradientTransformation,
+        *,
+        eval_steps: int = 0,
+        statistics: str = "transductive batch norm",
+        scratch: Learner | None = None,
+        **more: Any,
+    ) -> Experiment:
+        """The experiment of a learner on these tasks.
+
+        Args:
+            eval_steps: inner steps at evaluation.
+            statistics: for the protocol, in words: what the network normalizes with.
+            scratch: the baseline without meta-learning.
+            more: further fields of `Experiment`, in place of what is said here.
+        """
+        many = 15 if self.dataset == "glyphs" else min(15, _DRAWINGS - self.shots)
+        others = {
+            f"{count} {'query' if count == 1 else 'queries'} a class at once": self.sampler(
+                "test", queries=count
+            )
+            for count in {1, many} - {self.eval_queries}
+            if "transductive" in statistics
+        }
+        classes = {
+            "glyphs": "1000 unseen classes of glyphs",
+            "omniglot": "Omniglot, 423 unseen classes (1200 with rotations in training)",
+        }[self.dataset]
+        fields = {
+            "sample_tasks": self.training(),
+            "sample_test": self.sampler("test", queries=self.eval_queries),
+            "other_tests": others,
+            "protocol": (
+                f"{classes}, {self.ways}-way {self.shots}-shot, {self.eval_queries} a class to tell, "
+                f"{statistics}"
+            ),
+            "eval_steps": eval_steps,
+            "eval_tasks": self.eval_tasks,
+            "scratch": scratch,
+            "chance": {"accuracy": 1 / self.ways},
+            "pictures": "classification",
+        }
+        return Experiment(learner, optimizer, **(fields | more))
