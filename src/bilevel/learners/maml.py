@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import optax
 
 from bilevel.hypergrad import Mixed
 from bilevel.inner import Gradient
+from bilevel.learners.supervised import supervised
 from bilevel.nets import Net
-from bilevel.problem import Estimator, Learner, Problem
+from bilevel.problem import Estimator, Learner, Params
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,31 @@ def _descent(rates_at: Callable) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
 
+@dataclass(frozen=True)
+class AllBut:
+    """Every top-level entry of the parameters but one: `maml(adapt=AllBut("head"))` makes BOIL."""
+
+    name: str
+
+
 def maml(
     net: Net,
     loss: Callable,
     *,
     num_steps: int = 1,
     rates: float | Fixed | PerParameter | PerLayerPerStep = 0.4,
-    adapt: str = "all",
+    adapt: str | AllBut = "all",
     estimator: Estimator | None = None,
 ) -> Learner:
     """Model-agnostic meta-learning: learn an initialization from which a few gradient steps suffice.
 
         min over θ  E[ loss(φ_K(θ), query) ],   φ₀ = θ["init"],   φₖ₊₁ = φₖ − α ∇loss(φₖ, support)
+
+    Its relatives are options. FOMAML, `estimator=FirstOrder()`: the gradient at φ_K is taken as that at φ₀,
+    which spares all second derivatives; it cannot learn rates, and says so. Meta-SGD,
+    `rates=PerParameter(α)`: a learned rate for every parameter, started at α. ANIL, `adapt="head"`: the inner
+    loop trains the head alone, on features that only the outer loop learns; its inner steps cost almost
+    nothing beyond one pass through the body. BOIL, `adapt=AllBut("head")` or `boil`: the opposite.
 
     Args:
         net: an init/apply pair.
@@ -86,20 +101,21 @@ def maml(
         num_steps: K, inner steps in training.
         rates: the inner learning rate: a number, `PerParameter(rate)` for Meta-SGD, or
             `PerLayerPerStep(rate)` for the learned rates of MAML++.
-        adapt: "all", or the name of the one top-level entry of the parameters that the inner loop
-            adapts: "head" makes ANIL (Raghu et al., 2020).
+        adapt: what the inner loop adapts: "all", the name of one top-level entry of the parameters, or
+            `AllBut(name)`.
         estimator: `Mixed()` by default; `FirstOrder()` makes FOMAML, `MultiStep(n)` the loss of MAML++.
 
     Returns:
         A `Learner` whose meta is `{"init": params}`, with `"rates"` beside it where they are learned.
 
     Raises:
-        TypeError: when `rates` is none of these.
+        TypeError: when `rates` or `adapt` is none of these.
         KeyError: at `init_meta`, when `adapt` names no entry of the parameters.
 
-    Cost: that of the estimator.
+    Cost: that of the estimator. Exact with `Mixed()`; biased with `FirstOrder()`.
 
-    Reference: Finn, Abbeel, Levine, 2017.
+    Reference: Finn, Abbeel, Levine, 2017 (MAML, FOMAML); Li, Zhou, Chen, Li, Meta-SGD, 2017; Raghu, Raghu,
+    Bengio, Vinyals, Rapid learning or feature reuse? (ANIL), 2020.
 
     >>> import bilevel as bl
     >>> net = bl.nets.mlp([1, 40, 40, 1])
@@ -113,39 +129,63 @@ def maml(
         raise TypeError(
             f"maml's rates must be a number, PerParameter(rate) or PerLayerPerStep(rate), got {rates!r}"
         )
-
-    def adapted(init):
-        if adapt == "all":
-            return init
-        if adapt not in init:
-            raise KeyError(f"maml(adapt={adapt!r}): the network's parameters have the entries {sorted(init)}")
-        return {adapt: init[adapt]}
-
-    def outputs(params, meta, x):
-        # What is not adapted is read from meta, so no inner gradient is spent on it.
-        return net.apply(params if adapt == "all" else {**meta["init"], **params}, x)
-
-    def evaluate(params, meta, batch):
-        x, y = batch
-        result = loss(outputs(params, meta, x), y)
-        return result if isinstance(result, tuple) else (result, {})
-
-    def task_loss(params, meta, batch, key):
-        return evaluate(params, meta, batch)[0]
+    if not isinstance(adapt, str | AllBut):
+        raise TypeError(f'maml\'s adapt must be "all", the name of an entry or AllBut(name), got {adapt!r}')
 
     def init_meta(key):
         init = net.init(key)
-        learned = rates.init(adapted(init), num_steps)
+        learned = rates.init(adapted(init, adapt), num_steps)
         return {"init": init} if learned is None else {"init": init, "rates": learned}
 
-    problem = Problem(
-        init=lambda meta, key: adapted(meta["init"]),
-        inner_loss=task_loss,
-        outer_loss=task_loss,
-        metrics=lambda params, meta, batch, key: {
-            "loss": task_loss(params, meta, batch, key),
-            **evaluate(params, meta, batch)[1],
-        },
+    problem, predict = supervised(
+        net,
+        loss,
+        init=lambda meta, key: adapted(meta["init"], adapt),
+        # What is not adapted is read from meta, so no inner gradient is spent on it.
+        assemble=lambda params, meta, x: (params if adapt == "all" else {**meta["init"], **params}, x),
     )
     solver = Gradient(lambda meta: rates.optimizer(meta.get("rates")), num_steps)
-    return Learner(problem, solver, estimator or Mixed(), init_meta, outputs)
+    return Learner(problem, solver, estimator or Mixed(), init_meta, predict)
+
+
+def boil(net: Net, loss: Callable, *, head: str = "head", **options: Any) -> Learner:
+    """Body only update in the inner loop: the head keeps what the outer loop gave it.
+
+        φ₀ = θ["init"] without its head,   φₖ₊₁ = φₖ − α ∇φ loss(φₖ and the head of θ, support)
+
+    The features must move to meet a fixed head, where MAML reuses features and moves the head.
+
+    Args:
+        net, loss: as in `maml`.
+        head: the top-level entry of the parameters that the inner loop leaves alone.
+        options: the other arguments of `maml`.
+
+    Returns:
+        A `Learner`; meta is that of `maml`. The head is still learned, by the outer loop: a rate of 0 in the
+        outer optimizer freezes it as in the paper's ablation.
+
+    Raises:
+        KeyError: at `init_meta`, when the parameters have no entry `head`.
+
+    Cost: that of `maml`. Exact with `Mixed()`.
+
+    Reference: Oh, Yoo, Kim, Yun, BOIL: towards representation change for few-shot learning, 2021.
+
+    >>> import bilevel as bl
+    >>> learner = boil(bl.nets.mlp([1, 8, 8, 1]), bl.learners.mean_squared_error, rates=0.01)
+    >>> sorted(learner.problem.init(learner.init_meta(jax.random.key(0)), None))
+    ['hidden_0', 'hidden_1']
+    """
+    return maml(net, loss, adapt=AllBut(head), **options)
+
+
+def adapted(init: Params, adapt: str | AllBut) -> Params:
+    """The part of the parameters that the inner loop adapts."""
+    if adapt == "all":
+        return init
+    name = adapt.name if isinstance(adapt, AllBut) else adapt
+    if name not in init:
+        raise KeyError(f"maml(adapt={adapt!r}): the network's parameters have the entries {sorted(init)}")
+    if isinstance(adapt, AllBut):
+        return {entry: init[entry] for entry in init if entry != name}
+    return {name: init[name]}
