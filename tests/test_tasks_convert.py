@@ -1,0 +1,548 @@
+"""`convert`, from small files of every form that people have."""
+
+import csv
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bilevel.tasks import benchmarks, cifar
+from bilevel.tasks.convert import Layout, convert
+from bilevel.tasks.found import read_splits
+from bilevel.tasks.stored import load, open_stored
+
+BY_SPLIT = {"train": ["ant", "bee"], "val": ["cat"], "test": ["dog", "eel"]}
+COUNTS = {"train": (2, 6), "validation": (1, 3), "test": (2, 6)}
+NAMES = ("ant", "bee", "cat", "dog", "eel")
+
+
+def picture(name, i, shape=(8, 8, 3)):
+    """Picture i of a class: no two are alike."""
+    seed = int.from_bytes(hashlib.sha256(f"{name} {i}".encode()).digest()[:4])
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def assert_holds(folder, classes=BY_SPLIT, shape=(8, 8, 3), named=True):
+    """Every split has exactly the pictures of its classes, under their names."""
+    opened = open_stored(folder, verify=True)
+    aliases = {"val": "validation"}
+    for split, names in classes.items():
+        images, labels = load(folder, aliases.get(split, split))
+        assert len(images) == 3 * len(names)
+        for label, name in zip(np.unique(labels), names, strict=True):
+            assert not named or opened.names[label] == name
+            got = {p.tobytes() for p in images[labels == label]}
+            assert got == {picture(name, i, shape).tobytes() for i in range(3)}
+    return opened
+
+
+@pytest.fixture
+def by_class(tmp_path):
+    for name in NAMES:
+        for i in range(3):
+            save(tmp_path / "data" / name / f"{i}.png", picture(name, i))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def by_split(tmp_path):
+    for split, names in BY_SPLIT.items():
+        for name in names:
+            for i in range(3):
+                save(tmp_path / "data" / split / name / f"{i}.png", picture(name, i))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+# Folders
+
+
+def test_folders_by_split(by_split, out):
+    assert convert(by_split, out).counts() == COUNTS
+    opened = assert_holds(out)
+    assert opened.splits == ("train", "train", "validation", "test", "test")
+    read = json.loads((out / "classes.json").read_text())["read"]
+    assert set(read) == {"train: 6 files", "validation: 3 files", "test: 6 files"}
+
+
+def splits_as(kind, folder):
+    folder.mkdir()
+    if kind == "json":
+        (folder / "splits.json").write_text(json.dumps(BY_SPLIT))
+        return folder / "splits.json"
+    for split, names in BY_SPLIT.items():
+        if kind == "txt":
+            (folder / f"{split}.txt").write_text("\n".join(names) + "\n")
+        else:
+            rows = [["filename", "label"], *([f"{i}.png", name] for name in names for i in range(3))]
+            with (folder / f"{split}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["json", "txt", "csv", "dict"])
+def test_folders_with_splits(by_class, out, tmp_path, kind):
+    splits = BY_SPLIT if kind == "dict" else splits_as(kind, tmp_path / "splits")
+    assert convert(by_class, out, splits=splits).counts() == COUNTS
+    assert_holds(out)
+
+
+def test_splits_by_numbers_divide_the_classes(by_class, out):
+    opened = convert(by_class, out, splits="2/1/2")
+    assert opened.counts() == COUNTS
+    assert sorted(opened.names) == sorted(NAMES)
+    assert read_splits("2/1/2", NAMES) == dict(zip(opened.names, opened.splits, strict=True))
+
+
+def test_classes_that_the_splits_do_not_name_are_left_out(by_class, out):
+    assert convert(by_class, out, splits={"train": ["ant"], "test": ["eel"]}).names == ("ant", "eel")
+    assert_holds(out, {"train": ["ant"], "test": ["eel"]})
+
+
+def test_splits_of_pictures_are_not_splits_of_classes(by_split, out):
+    """ImageFolder as it is used for ordinary classification has every class in every split."""
+    save(by_split / "test" / "ant" / "9.png", picture("ant", 9))
+    with pytest.raises(
+        ValueError, match="in more than one split: ant; few-shot learning is tested on unseen"
+    ):
+        convert(by_split, out)
+    assert not out.exists()
+    opened = convert(by_split, out, splits={"train": ["ant"], "test": ["bee"]})  # both halves of ant together
+    assert opened.counts() == {"train": (1, 4), "test": (1, 3)}
+
+
+def test_folders_without_splits_say_what_to_do(by_class, out):
+    with pytest.raises(ValueError, match="which split the classes .*ant, bee, cat, dog, eel.*64/16/20"):
+        convert(by_class, out)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": ["ant", "fly"]}, "name classes that are not in .*: fly; it has ant"),
+        ({"train": ["ant"], "test": ["ant"]}, "class ant is in two splits, train and test"),
+        ({"trian": ["ant"]}, "must be one of train, validation, test, got 'trian'"),
+        ({"train": "ant"}, "must list the names"),
+        ({}, "the splits are empty"),
+        ("4/4/4", "need 12 classes, got 5"),
+        ("nowhere", "no splits at nowhere"),
+    ],
+)
+def test_wrong_splits_are_told(by_class, out, splits, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        convert(by_class, out, splits=splits)
+    assert not out.exists()
+
+
+def test_pictures_of_several_sizes_need_one(by_split, out):
+    save(by_split / "val" / "cat" / "0.png", picture("cat", 0, (9, 12, 3)))
+    with pytest.raises(ValueError, match=r"one shape, got \[8, 8, 3\].*class cat, \[9, 12, 3\]; give size"):
+        convert(by_split, out)
+    assert convert(by_split, out, Layout(size=6, fit="crop")).image_shape == (6, 6, 3)
+
+
+def test_grey_among_colour_needs_channels(by_split, out):
+    save(by_split / "val" / "cat" / "0.png", picture("cat", 0, (8, 8)))
+    with pytest.raises(ValueError, match=r"\[8, 8, 1\].*give size and channels"):
+        convert(by_split, out)
+    assert convert(by_split, out, Layout(channels=3)).image_shape == (8, 8, 3)
+    assert convert(by_split, out, Layout(channels=1), replace=True).image_shape == (8, 8, 1)
+
+
+def test_a_damaged_picture_is_named(by_split, out):
+    path = by_split / "test" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"dog/1.png is a damaged picture"):
+        convert(by_split, out)
+    assert not out.exists() and not [p for p in out.parent.iterdir() if p.name.startswith(".out")]
+
+
+def test_files_that_are_no_pictures(by_split, out):
+    (by_split / "train" / "ant" / "notes.txt").write_text("mine")
+    (by_split / "train" / "ant" / ".DS_Store").write_text("")
+    with pytest.warns(UserWarning, match="left out 1 files that are no pictures, as .*notes.txt"):
+        convert(by_split, out)
+    (by_split / "train" / "fly").mkdir()
+    with pytest.raises(ValueError, match="class folder .*fly has no pictures"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convert(by_split, out, replace=True)
+
+
+def test_folders_beside_splits_are_refused(by_split, out):
+    save(by_split / "extra" / "0.png", picture("x", 0))
+    with pytest.raises(ValueError, match="folders of splits beside others: extra"):
+        convert(by_split, out)
+
+
+# Lists
+
+
+@pytest.mark.parametrize("place", ["images", "."])
+@pytest.mark.parametrize("lists", ["beside", "apart"])
+def test_lists_of_pictures(tmp_path, out, place, lists):
+    """The split files of Ravi and Larochelle, with pictures of all classes in one folder."""
+    root = tmp_path / "data"
+    where = root if lists == "beside" else tmp_path / "lists"
+    where.mkdir(exist_ok=True)
+    for split, names in BY_SPLIT.items():
+        rows = [["filename", "label"]]
+        for name in names:
+            for i in range(3):
+                save(root / place / f"{name}{i}.png", picture(name, i))
+                rows.append([f"{name}{i}.png", name])
+        where.mkdir(exist_ok=True)
+        with (where / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    assert convert(root, out, splits=None if lists == "beside" else where).counts() == COUNTS
+    assert_holds(out)
+    with pytest.raises(
+        ValueError, match="mini-imagenet has 64 classes and 38400 pictures in train, got 2 and 6"
+    ):
+        convert(root, tmp_path / "b", dataset="mini-imagenet", splits=None if lists == "beside" else where)
+    (root / place / "dog1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="test.csv names dog1.png of class dog, which is not in"):
+        convert(root, tmp_path / "b", splits=None if lists == "beside" else where)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,class\na.png,ant\n", "must have columns filename and label"),
+        ("filename,label\na.png\n", "line 2 must have a filename and a label"),
+        ("filename,label\n", "must have columns filename and label and a row"),
+        ("filename,label\n../../secret.png,ant\n", "outside of its folder"),
+    ],
+)
+def test_damaged_lists_are_told(tmp_path, out, text, message):
+    root = tmp_path / "x" / "data"
+    save(root / "a.png", picture("ant", 0))
+    save(tmp_path / "secret.png", picture("ant", 0))
+    (root / "train.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        convert(root, out)
+
+
+# Pickles and archives of benchmarks
+
+
+def stacked(names, shape=(8, 8, 3)):
+    return np.stack([picture(name, i, shape) for name in names for i in range(3)])
+
+
+def dump(path, value, protocol=2):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(value, protocol))
+
+
+def test_mini_imagenet_cache(tmp_path, out):
+    for split, names in BY_SPLIT.items():
+        places = {name: list(range(3 * n, 3 * n + 3)) for n, name in enumerate(names)}
+        value = {"image_data": stacked(names), "class_dict": places}
+        dump(tmp_path / "data" / f"mini-imagenet-cache-{split}.pkl", value)
+    with pytest.raises(ValueError, match=r"64 classes and 38400 pictures in train, got 2 and 6; .*--partial"):
+        convert(tmp_path / "data", out)
+    assert convert(tmp_path / "data", out, partial=True).counts() == COUNTS
+    assert_holds(out)
+    read = json.loads((out / "classes.json").read_text())["read"]
+    path = tmp_path / "data" / "mini-imagenet-cache-val.pkl"
+    assert read[f"validation: {path.name}"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "CIFAR_FS_{}.pickle",
+        "FC100_{}.pickle",
+        "mini_imagenet_{}.pickle",
+        "miniImageNet_category_split_{}.pickle",
+    ],
+)
+@pytest.mark.parametrize("kind", ["array", "rows", "png"])
+def test_pickles_of_data_and_labels(tmp_path, out, form, kind):
+    for split, names in BY_SPLIT.items():
+        shape = (32, 32, 3) if kind == "rows" else (8, 8, 3)
+        data = stacked(names, shape)
+        if kind == "rows":  # as CIFAR has them: channels first, flat
+            data = data.transpose(0, 3, 1, 2).reshape(len(data), -1)
+        if kind == "png":
+            data = [encoded(p) for p in data]
+        phase = "train_phase_train" if "category" in form and split == "train" else split
+        path = tmp_path / "data" / form.format(phase)
+        dump(path, {"data": data, "labels": [label for label in range(len(names)) for _ in range(3)]})
+        if phase != split:  # other pictures of the same classes, which are no split
+            dump(path.with_name(form.format("train_phase_val")), {"data": data, "labels": []})
+    opened = convert(tmp_path / "data", out, partial=True)
+    assert opened.names == ("train/0", "train/1", "validation/0", "test/0", "test/1")
+    assert_holds(out, shape=shape, named=False)
+
+
+def encoded(array):
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1], "must hold a dict, got list"),
+        ({"x": 1}, "must hold image_data and class_dict, or data and labels, got"),
+        ({"data": np.zeros((3, 4, 4, 3), np.uint8), "labels": [0]}, "has 3 pictures and 1 labels"),
+        (
+            {"image_data": np.zeros((3, 4, 4, 3), np.uint8), "class_dict": {"a": [0]}},
+            "2 pictures are in no class",
+        ),
+        (
+            {"image_data": np.zeros((1, 4, 4, 3), np.uint8), "class_dict": {"a": [5]}},
+            "not there or another's",
+        ),
+        ({"data": np.zeros((1, 4, 4, 3)), "labels": [0]}, "must be a picture uint8"),
+        ({"data": [b"\x89PNG\r\n\x1a\n cut"], "labels": [0]}, "class train/0.* is a damaged picture"),
+    ],
+)
+def test_wrong_pickles_are_told(tmp_path, out, value, message):
+    dump(tmp_path / "data" / "FC100_train.pickle", value)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "data", out, partial=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("it ran",)
+
+
+def test_a_malicious_pickle_is_refused(tmp_path, out, capsys):
+    dump(tmp_path / "data" / "FC100_train.pickle", {"data": Evil(), "labels": [0]})
+    with pytest.raises(ValueError, match="FC100_train.pickle is not plain data: it asks for .*print"):
+        convert(tmp_path / "data", out)
+    assert "it ran" not in capsys.readouterr().out and not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["png", "opencv", "npz"])
+def test_tiered_imagenet(tmp_path, out, kind):
+    root = tmp_path / "data"
+    for split, names in BY_SPLIT.items():
+        data = stacked(names)
+        if kind == "npz":
+            root.mkdir(exist_ok=True)
+            np.savez(root / f"{split}_images.npz", images=data)
+        else:
+            files = [encoded(p) for p in data]
+            if kind == "opencv":  # arrays [n, 1], as cv2.imencode makes them
+                files = [np.frombuffer(f, np.uint8)[:, None] for f in files]
+            dump(root / f"{split}_images_png.pkl", files)
+        labels = np.repeat(np.arange(len(names)), 3)
+        dump(root / f"{split}_labels.pkl", {"label_specific": labels, "label_specific_str": names})
+    with pytest.raises(ValueError, match="351 classes and 448695 pictures"):
+        convert(root, out)
+    convert(root, out, partial=True)
+    assert_holds(out)
+    (root / "val_labels.pkl").unlink()
+    with pytest.raises(FileNotFoundError, match="val_labels.pkl"):
+        convert(root, tmp_path / "b", partial=True)
+
+
+FINE = [*cifar._CIFAR_FS["validation"].split()[:2], *cifar._CIFAR_FS["test"].split()[:2], "apple"]
+COARSE = ["aquatic_mammals", "large_carnivores", "insects", "trees", "flowers"]
+
+
+def cifar_100(root):
+    """5 classes in 5 superclasses; two pictures of each in train, one in test."""
+    dump(root / "meta", {"fine_label_names": FINE, "coarse_label_names": COARSE})
+    for file, which in (("train", [0, 1]), ("test", [2])):
+        data = np.stack([picture(name, i, (32, 32, 3)) for name in FINE for i in which])
+        labels = [label for label in range(5) for _ in which]
+        rows = data.transpose(0, 3, 1, 2).reshape(len(data), -1)
+        dump(root / file, {"data": rows, "fine_labels": labels, "coarse_labels": labels, "filenames": []})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "splits"),
+    [
+        ("cifar-fs", {"train": [4], "validation": [0, 1], "test": [2, 3]}),
+        ("fc100", {"train": [3, 4], "validation": [1], "test": [0, 2]}),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar_100(tmp_path, out, monkeypatch, dataset, splits, packed):
+    root = tmp_path / "cifar-100-python"
+    cifar_100(root)
+    if packed:
+        with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as archive:
+            archive.add(root, root.name)
+        root = tmp_path / "cifar-100-python.tar.gz"
+        with pytest.raises(ValueError, match="is not the official file"):
+            convert(root, out, dataset=dataset, partial=True)
+        monkeypatch.setattr(cifar, "_MD5", hashlib.md5(root.read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match=r"must become cifar-fs or fc100 \(--dataset\), got 'auto'"):
+        convert(root, out)
+    convert(root, out, dataset=dataset, partial=True)
+    # The classes of each split come in the order of CIFAR-100's numbers.
+    assert_holds(out, {split: [FINE[i] for i in places] for split, places in splits.items()}, (32, 32, 3))
+
+
+def test_official_lists_have_their_sizes():
+    for lists, sizes in ((cifar._CIFAR_FS, (16, 20)), (cifar._FC100, (4, 4))):
+        members = [lists[split].split() for split in ("validation", "test")]
+        assert tuple(map(len, members)) == sizes
+        assert len(set(members[0]) | set(members[1])) == sum(sizes)
+    for name, parts in benchmarks.SIZES.items():
+        expected = {"tiered-imagenet": 608, "cub": 200}.get(name, 100)
+        assert sum(classes for classes, _ in parts) == expected
+
+
+def test_cub(tmp_path, out):
+    root = tmp_path / "CUB_200_2011"
+    names = [f"{n:03d}.bird_{n}" for n in range(1, 9)]
+    lines = {
+        "images": [],
+        "image_class_labels": [],
+        "classes": [f"{n} {name}" for n, name in enumerate(names, 1)],
+    }
+    number = 0
+    for n, name in enumerate(names, 1):
+        for i in range(3):
+            number += 1
+            save(root / "images" / name / f"{i}.png", picture(name, i))
+            lines["images"].append(f"{number} {name}/{i}.png")
+            lines["image_class_labels"].append(f"{number} {n}")
+    for name, rows in lines.items():
+        (root / f"{name}.txt").write_text("\n".join(rows) + "\n")
+    with pytest.raises(ValueError, match="cub has 100 classes in train, got 4"):
+        convert(root, out)
+    convert(root, out, partial=True)
+    assert_holds(out, {"train": names[::2], "validation": names[1::4], "test": names[3::4]})
+    (root / "image_class_labels.txt").write_text("\n".join(lines["image_class_labels"][:-1]))
+    with pytest.raises(ValueError, match=r"images.txt lists 24 pictures, image_class_labels.txt 23"):
+        convert(root, out, partial=True, replace=True)
+    assert_holds(out, {"train": names[::2]})  # what was there stayed
+
+
+# Objects in memory, saved or not
+
+
+def test_arrays(tmp_path, out):
+    images, labels = stacked(NAMES), np.repeat(NAMES, 3)
+    assert convert((images, labels), out, splits=BY_SPLIT).counts() == COUNTS
+    assert_holds(out)
+    pairs = {s: (stacked(names), np.repeat(names, 3)) for s, names in BY_SPLIT.items()}
+    assert convert(pairs, tmp_path / "b").counts() == COUNTS
+    assert_holds(tmp_path / "b", named=False)
+    np.savez(tmp_path / "c.npz", images=images, labels=labels)
+    convert(tmp_path / "c.npz", tmp_path / "c", splits=BY_SPLIT)
+    assert_holds(tmp_path / "c")
+    each = {
+        f"{s}_{w}": a for s, pair in pairs.items() for w, a in zip(("images", "labels"), pair, strict=True)
+    }
+    np.savez(tmp_path / "d.npz", **each)
+    convert(tmp_path / "d.npz", tmp_path / "d")
+    assert_holds(tmp_path / "d", named=False)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (np.zeros((3, 4, 4, 3)), np.arange(3)),
+        (np.zeros((3, 4, 4, 3), np.uint8), np.arange(2)),
+        (np.zeros((3, 48), np.uint8), np.arange(3)),
+    ],
+)
+def test_wrong_arrays_are_told(out, images, labels):
+    with pytest.raises(ValueError, match="arrays must be images uint8"):
+        convert((images, labels), out, splits="1/1/1")
+
+
+class ClassLabel:
+    def __init__(self, names):
+        self.names = names
+
+
+class Image_:  # stands for datasets.Image
+    pass
+
+
+Image_.__name__ = "Image"
+
+
+class Columns:
+    """What `convert` reads of a `datasets.Dataset`."""
+
+    def __init__(self, rows, more=()):
+        self.features = {"image": Image_(), "label": ClassLabel(NAMES)} | {c: ClassLabel(NAMES) for c in more}
+        self.column_names = list(self.features)
+        self.rows = [{"image": p, "label": NAMES.index(n)} | {c: 0 for c in more} for n, p in rows]
+
+    def __getitem__(self, at):
+        return [row[at] for row in self.rows] if isinstance(at, str) else self.rows[at]
+
+
+def rows(names):
+    return [(name, Image.fromarray(picture(name, i))) for name in names for i in range(3)]
+
+
+def test_hugging_face_objects(tmp_path, out):
+    convert(Columns(rows(NAMES)), out, splits=BY_SPLIT)
+    assert_holds(out)
+    with pytest.raises(ValueError, match=r"one of labels are needed, got .*'label', 'coarse'.*pass label="):
+        convert(Columns(rows(NAMES), ["coarse"]), tmp_path / "b", splits=BY_SPLIT)
+    convert(Columns(rows(NAMES), ["coarse"]), tmp_path / "b", splits=BY_SPLIT, label="label")
+    assert_holds(tmp_path / "b")
+
+
+def test_hugging_face_library(tmp_path, out):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
+    parts = {
+        split: datasets.Dataset.from_dict(
+            {"image": [p for _, p in rows(names)], "label": [n for n, _ in rows(names)]}, features=features
+        )
+        for split, names in BY_SPLIT.items()
+    }
+    data = datasets.DatasetDict(parts)
+    assert convert(data, out).counts() == COUNTS
+    assert_holds(out)
+    data.save_to_disk(str(tmp_path / "saved"))
+    convert(tmp_path / "saved", tmp_path / "b")
+    assert_holds(tmp_path / "b")
+    (tmp_path / "saved" / "train" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged Hugging Face data set"):
+        convert(tmp_path / "saved", tmp_path / "c")
+
+
+# Anything else
+
+
+def test_what_is_not_known_is_told(tmp_path, out):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="nothing in .*empty is known: expected folders of classes"):
+        convert(tmp_path / "empty", out)
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        convert(tmp_path / "nowhere", out)
+    (tmp_path / "x.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x.pkl is not a file that can be converted: give an .npz"):
+        convert(tmp_path / "x.pkl", out)
+    with pytest.raises(ValueError, match="dataset must be one of auto, mini-imagenet"):
+        convert(tmp_path / "empty", out, dataset="imagenet")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fit must be one of stretch, crop"):
+        Layout(fit="squash")  # type: ignore[arg-type]
+
+
+def test_nothing_is_read_when_the_folder_is_taken(by_split, out):
+    out.mkdir()
+    with pytest.raises(FileExistsError, match="take another folder"):
+        convert(by_split, out)
