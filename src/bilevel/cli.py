@@ -1,4 +1,4 @@
-"""The command line: bilevel train | eval | check | advise | report | recipes | demo."""
+"""The command line: bilevel train | eval | compare | check | advise | report | recipes | demo."""
 
 import contextlib
 import dataclasses
@@ -9,20 +9,30 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 import bilevel as bl
 from bilevel.analysis.commands import run_advise, run_check
+from bilevel.recipes.comparison import compare_runs
 from bilevel.recipes.config import RECIPES, find_recipe
-from bilevel.recipes.run import evaluate_run, read_config, saved_recipe, train_recipe
+from bilevel.recipes.evaluation import evaluate_run
+from bilevel.recipes.run import (
+    read_config,
+    saved_recipe,
+    saved_validation,
+    stopped_early,
+    train_recipe,
+)
+from bilevel.train.early_stopping import Validation
 
 _USAGE = """\
 bilevel: learn how to learn
 
   bilevel train RECIPE [flags]   meta-train; `bilevel train RECIPE --help` lists every flag
   bilevel eval RUN [flags]       judge a run on fresh tasks of unseen classes
+  bilevel compare RUN RUN...     who is better on the same tasks, with a paired interval
   bilevel check RECIPE [flags]   is the recipe's hypergradient right? finite differences, in plain words
   bilevel advise RECIPE [flags]  which estimator to take: error, time and memory of each
   bilevel report RUN...          one HTML page about a run, or comparing several
@@ -84,21 +94,28 @@ def _train(words: list[str]) -> int:
     name, flags = words[0], words[1:]
     cls = find_recipe(name)
     default_folder = Path("runs") / name.rpartition(":")[2]
-    recipe = cls()
+    recipe, validation = cls(), Validation()
     if "--resume" in flags and (folder := _flag(flags, "--folder") or default_folder).is_dir():
         if (there := read_config(folder)["recipe"]) != name:
             raise ValueError(f"{folder} holds a run of {there}, not of {name}; take another --folder")
-        recipe = saved_recipe(folder)  # flags left out keep the values the run was started with
+        # Flags left out keep the values the run was started with.
+        recipe, validation = saved_recipe(folder), saved_validation(folder)
     parsed = _parse(
         f"bilevel train {name}",
-        _arguments(cls, recipe, default_folder),
+        _arguments(cls, recipe, default_folder, validation),
         flags,
         cls.__doc__,
     )
     recipe, folder = parsed.recipe, parsed.folder
     command = shlex.join(["bilevel", "train", *words])
-    state = train_recipe(name, recipe, folder, parsed.resume, command)
+    state = train_recipe(name, recipe, folder, parsed.resume, command, parsed.validation)
     again = f"bilevel train {name} --folder {folder} --resume"
+    if best := stopped_early(folder):
+        print(
+            f"stopped at outer step {int(state.step)}: no validation was better than {best[1]:.4g} at step "
+            f"{best[0]}, which is kept in {folder / 'best'}; next: bilevel eval {folder}"
+        )
+        return 0
     if int(state.step) < recipe.num_meta_steps:
         print(f"stopped at outer step {int(state.step)}, checkpoint saved; go on with: {again}")
         return _INTERRUPTED
@@ -106,12 +123,13 @@ def _train(words: list[str]) -> int:
     return 0
 
 
-def _arguments(cls: type, recipe: Any, folder: Path) -> type:
-    """The flags of `bilevel train`: the recipe's fields, and where to run."""
+def _arguments(cls: type, recipe: Any, folder: Path, validation: Validation) -> type:
+    """The flags of `bilevel train`: the recipe's fields, validation, and where to run."""
     return dataclasses.make_dataclass(
         "Train",
         [
             ("recipe", Annotated[cls, tyro.conf.arg(name="")], dataclasses.field(default=recipe)),
+            ("validation", Validation, dataclasses.field(default=validation)),
             (
                 "folder",
                 Annotated[Path, tyro.conf.arg(help="Where the run is kept.")],
@@ -147,13 +165,48 @@ class _Eval:
     """Inner steps; the recipe's own number when left out."""
     seed: int = 1
     """Of the test tasks."""
+    shots: tuple[int, ...] = ()
+    """Support sizes to judge on as well, like 1 5 10."""
+    checkpoint: Literal["auto", "best", "newest"] = "auto"
+    """auto is the best on validation classes where the run has one, else the newest."""
 
 
 def _eval(words: list[str]) -> int:
     parsed = _parse("bilevel eval", _Eval, words, "Judge a run on fresh tasks of unseen classes.")
-    result = evaluate_run(parsed.run, parsed.num_tasks, parsed.num_steps, parsed.seed)
+    result = evaluate_run(
+        parsed.run,
+        parsed.num_tasks,
+        parsed.num_steps,
+        parsed.seed,
+        shots=parsed.shots,
+        checkpoint=parsed.checkpoint,
+    )
     print(summary(result))
     print(f"written to {parsed.run / 'evaluation.json'}; next: bilevel report {parsed.run}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compare:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Two or more run folders with the same test tasks."""
+    num_tasks: int | None = None
+    """Test tasks; the smallest number among the recipes when left out."""
+    seed: int = 1
+    """Of the test tasks."""
+    checkpoint: Literal["auto", "best", "newest"] = "auto"
+    """auto is the best on validation classes where a run has one, else the newest."""
+    out: Path | None = None
+    """Folder for compare.json and compare.md; the first run's when left out."""
+
+
+def _compare(words: list[str]) -> int:
+    parsed = _parse("bilevel compare", _Compare, words, "Who is better on the same tasks?")
+    result = compare_runs(
+        parsed.runs, parsed.num_tasks, parsed.seed, checkpoint=parsed.checkpoint, out=parsed.out
+    )
+    print(result["text"])
+    print(f"written to {(parsed.out or parsed.runs[0]) / 'compare.json'} and compare.md")
     return 0
 
 
@@ -292,10 +345,33 @@ def summary(result: dict[str, Any]) -> str:
             rows.append((f"meta-learned, {step} adaptation step{plural}", cell(curves[name], step)))
     for condition, other in result["other_tests"].items():
         rows.append((f"the same, {condition}", cell(other[name], -1)))
+    for shots, other in result["shots"].items():
+        rows.append((f"the same, {shots} shot{'s' * (shots != '1')}", cell(other[name], -1)))
+    if result["seen"] is not None:
+        rows.append(("the same, classes seen in training", cell(result["seen"][name], -1)))
     width = max(len(label) for label, _ in rows)
     label = name.replace("_", " ").replace("query", "test")
     head = f"{label}, mean ± 95% over {result['num_tasks']} tasks\n{result['protocol']}\n"
-    return head + "\n".join(f"  {text:<{width}}  {value}" for text, value in rows)
+    table = "\n".join(f"  {text:<{width}}  {value}" for text, value in rows)
+    return "\n".join([head + table, *(f"  {line}" for line in _remarks(result))])
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """What the table does not say: the protocol as measured, calibration, meta-overfitting."""
+    lines = [result["unseen"], result["batch_statistics"]]
+    if result["checkpoint"] != "newest":
+        lines.append(f"checkpoint of outer step {result['meta_step']}: {result['checkpoint']}")
+    if (found := result["calibration"]) is not None:
+        before, after = (f"{100 * found['ece'][place]:.1f} %" for place in (0, -1))
+        lines.append(
+            f"calibration error {before} before and {after} after adaptation ({found['num_bins']} bins)"
+        )
+    for gap, value in result["gaps"].items():
+        scale, unit = (100, " points") if gap.endswith("accuracy") else (1, "")
+        lines.append(f"{gap}: {scale * value['mean']:+.2f} ± {scale * value['ci95']:.2f}{unit}")
+    if (found := result["specialization"]) is not None:
+        lines.append(found["reading"])
+    return lines + result["notes"]
 
 
 def _parse(prog: str, cls: Any, words: list[str], description: str | None) -> Any:
@@ -315,6 +391,7 @@ def _parse(prog: str, cls: Any, words: list[str], description: str | None) -> An
 _COMMANDS = {
     "train": _train,
     "eval": _eval,
+    "compare": _compare,
     "check": _check,
     "advise": _advise,
     "report": _report,

@@ -21,6 +21,11 @@ class Experiment:
         protocol: in words, what the figures are measured on.
         eval_steps: inner steps at evaluation.
         eval_tasks: test tasks.
+        sample_seen: one task of training classes, of the size of a test task: the gap to `sample_test` is
+            meta-overfitting. Left out, it is derived from `sample_tasks` where its sampler allows.
+        sample_validation: one task of classes neither trained on nor tested on, for early stopping.
+        test_shots: `test_shots(shots) -> sampler`, test tasks with other support sizes. Left out, it is
+            derived from `sample_test` where that has a field `shots`.
         other_tests: the same with something changed, named in words, to show what depends on it.
         scratch: a learner that starts from a random model for every task: the baseline without
             meta-learning. Its meta is empty.
@@ -39,6 +44,9 @@ class Experiment:
     scratch: Learner | None = None
     chance: dict[str, float] = field(default_factory=dict)
     pictures: Literal["classification", "regression", "none"] = "none"
+    sample_seen: Callable[[Key], Task] | None = None
+    sample_validation: Callable[[Key], Task] | None = None
+    test_shots: Callable[[int], Callable[[Key], Task]] | None = None
 
 
 class Recipe(Protocol):
