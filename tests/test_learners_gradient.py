@@ -1,0 +1,443 @@
+"""The relatives of MAML are the methods they name: each held against its formula, written out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel as bl
+from bilevel.hypergrad import FirstOrder, Mixed, Reptile
+from bilevel.learners import cross_entropy, mean_squared_error
+from bilevel.learners.cavia import FilmContext, InputContext, cavia
+from bilevel.learners.imaml import imaml
+from bilevel.learners.leap import Leap
+from bilevel.learners.maml import AllBut, boil
+from bilevel.learners.meta_curvature import conv_modes, meta_curvature, scale_by_curvature
+from bilevel.learners.reptile import minibatch, reptile
+from bilevel.learners.warp_grad import WarpGradient, linear_warps, warp_grad
+from bilevel.testing import assert_close, assert_derivative, assert_trees_close
+
+KEY = jax.random.key(0)
+NET = bl.nets.mlp([1, 4, 1], jnp.tanh)
+DEEP = bl.nets.mlp([1, 3, 3, 3, 1], jnp.tanh)
+
+
+def regression_task():
+    x = jnp.linspace(-1, 1, 5)[:, None]
+    return bl.Task((x, jnp.sin(3 * x)), (x + 0.1, jnp.sin(3 * x + 0.3)))
+
+
+def shaken(meta):
+    """Away from zeros and identities, so that every leaf has a part to play."""
+    leaves, tree = jax.tree.flatten(meta)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten(
+        [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def estimate(learner, meta, task):
+    return bl.hypergradient(learner.problem, learner.solver, learner.estimator, meta, task, KEY)
+
+
+def solve(learner, meta, task):
+    return learner.solver.solve(learner.problem, meta, task, KEY).params
+
+
+def squared_error(apply, params, batch):
+    x, y = batch
+    return jnp.mean((apply(params, x) - y) ** 2)
+
+
+def plain_perceptron(params, x):
+    for name in sorted(params, key=lambda name: (name == "head", name)):
+        x = x @ params[name]["w"] + params[name]["b"]
+        x = x if name == "head" else jnp.tanh(x)
+    return x
+
+
+def exact(learner, meta=None):
+    """Asserts that the learner's hypergradient is the slope of its value."""
+    meta, task = shaken(learner.init_meta(KEY)) if meta is None else meta, regression_task()
+    run = jax.jit(lambda meta: estimate(learner, meta, task))
+    h = run(meta)
+    assert_derivative(lambda meta: run(meta).value, h.grad, meta)
+    assert h.stats["zero_leaves"] == 0 and h.stats["finite"] == 1
+    assert {"query_loss", "support_loss"} <= set(h.stats)
+
+
+# BOIL
+
+
+def test_boil_adapts_the_body_and_learns_the_head(x64):
+    learner = boil(NET, mean_squared_error, num_steps=2, rates=0.1)
+    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    body, head = {"hidden_0": meta["init"]["hidden_0"]}, {"head": meta["init"]["head"]}
+    for _ in range(2):
+        grads = jax.grad(lambda body: squared_error(plain_perceptron, {**body, **head}, task.support))(body)
+        body = jax.tree.map(lambda p, g: p - 0.1 * g, body, grads)
+    params = solve(learner, meta, task)
+    assert_trees_close("body", params, body, 1e-10)
+    x = task.query[0]
+    assert_close("answers", learner.predict(params, meta, x), plain_perceptron({**body, **head}, x), 1e-10)
+    exact(learner)
+
+
+def test_all_but_an_entry_that_is_none():
+    with pytest.raises(KeyError, match=r"AllBut\(name='neck'\).*\['head', 'hidden_0'\]"):
+        boil(NET, mean_squared_error, head="neck").init_meta(KEY)
+    with pytest.raises(TypeError, match='adapt must be "all"'):
+        bl.maml(NET, mean_squared_error, adapt=("head",))  # type: ignore
+    assert AllBut("head") == AllBut("head")
+
+
+# Reptile
+
+
+def test_reptile_is_the_way_of_adam_without_momentum(x64):
+    learner = reptile(NET, mean_squared_error, num_steps=3, rate=0.05)
+    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    params = meta["init"]
+    second = jax.tree.map(jnp.zeros_like, params)
+    for step in (1, 2, 3):
+        grads = jax.grad(lambda p: squared_error(plain_perceptron, p, task.support))(params)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
+        scale = 1 - 0.999**step
+        params = jax.tree.map(
+            lambda p, g, v: p - 0.05 * g / (jnp.sqrt(v / scale) + 1e-8), params, grads, second
+        )
+    expected = jax.tree.map(lambda a, b: a - b, meta["init"], params)
+    h = estimate(learner, meta, task)
+    assert_trees_close("grad", h.grad, {"init": expected}, 1e-8)
+    # So gradient descent of rate 1 on meta ends where the inner loop does.
+    moved = optax.apply_updates(meta, optax.sgd(1.0).update(h.grad, optax.sgd(1.0).init(meta))[0])
+    assert_trees_close("moved", moved, {"init": params}, 1e-8)
+
+
+def test_reptile_takes_another_minibatch_at_each_step():
+    seen = []
+
+    def loss(outputs, targets):
+        jax.debug.callback(lambda y: seen.append(tuple(sorted(y.ravel().tolist()))), targets)
+        return mean_squared_error(outputs, targets)
+
+    x = jnp.arange(8.0)[:, None]
+    task = bl.Task((x, x), (x[:1], x[:1] - 1))
+    learner = reptile(NET, loss, num_steps=6, batch_size=3)
+    solve(learner, learner.init_meta(KEY), task)
+    jax.effects_barrier()
+    assert len(seen) == 6 and len(set(seen)) > 1
+    assert all(len(rows) == len(set(rows)) == 3 for rows in seen)
+
+
+def test_minibatch():
+    x = jnp.arange(4)
+    assert minibatch((x, x), 4, KEY)[0] is x  # all there is, in order
+    rows = np.asarray(jax.vmap(lambda key: minibatch(x, 2, key))(jax.random.split(KEY, 400)))
+    assert np.all(rows[:, 0] != rows[:, 1])
+    assert np.all(np.abs(np.bincount(rows.ravel()) - 200) < 5 * np.sqrt(100))
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_reptile_refuses_a_batch_size(size):
+    with pytest.raises(ValueError, match="batch_size must be None or at least 1"):
+        reptile(NET, mean_squared_error, batch_size=size)
+
+
+# iMAML
+
+
+def linear_net():
+    return bl.nets.Net(lambda key: jax.random.normal(key, (3,)), lambda w, x: x @ w)
+
+
+def test_imaml_on_ridge_regression(x64):
+    """Everything has a formula: φ* = (2XᵀX/n + λ)⁻¹ (2Xᵀy/n + λθ)."""
+    strength, keys = 0.7, jax.random.split(KEY, 4)
+    x, y = jax.random.normal(keys[0], (6, 3)), jax.random.normal(keys[1], (6,))
+    task = bl.Task((x, y), (jax.random.normal(keys[2], (5, 3)), jax.random.normal(keys[3], (5,))))
+    learner = imaml(linear_net(), mean_squared_error, num_steps=400, rate=0.1, strength=strength)
+    meta = learner.init_meta(KEY)
+    system = 2 * x.T @ x / 6 + strength * jnp.eye(3)
+
+    def query_loss(start):
+        solution = jnp.linalg.solve(system, 2 * x.T @ y / 6 + strength * start)
+        return jnp.mean((task.query[0] @ solution - task.query[1]) ** 2)
+
+    value, grad = jax.value_and_grad(query_loss)(meta["init"])
+    h = estimate(learner, meta, task)
+    assert_close("value", h.value, value, 1e-8)
+    assert_close("grad", h.grad["init"], grad, 1e-8)
+    # The figure to watch is the loss of the task, without the pull.
+    assert_close("query_loss", h.stats["query_loss"], value, 1e-8)
+
+
+def test_imaml_tells_of_an_inner_problem_that_is_not_solved():
+    learner = imaml(NET, mean_squared_error, num_steps=1, rate=1e-3)
+    meta = learner.init_meta(KEY)
+    with pytest.warns(bl.HypergradientWarning, match="the inner problem is not solved"):
+        h = estimate(learner, meta, regression_task())
+    assert h.stats["inner_error"] > 1e-2
+    with pytest.raises(ValueError, match="strength must be positive"):
+        imaml(NET, mean_squared_error, strength=0.0)
+
+
+# CAVIA
+
+
+def test_cavia_beside_the_inputs(x64):
+    net = bl.nets.mlp([1 + 2, 4, 1], jnp.tanh)
+    learner = cavia(net, mean_squared_error, context=InputContext(2), num_steps=2, rate=0.5)
+    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    assert set(meta) == {"net"}
+
+    def apply(context, x):
+        return plain_perceptron(meta["net"], jnp.hstack([x, jnp.tile(context, (len(x), 1))]))
+
+    context = jnp.zeros(2)
+    for _ in range(2):
+        context = context - 0.5 * jax.grad(lambda c: squared_error(apply, c, task.support))(context)
+    params = solve(learner, meta, task)
+    assert_close("context", params, context, 1e-10)
+    x = task.query[0]
+    assert_close("answers", learner.predict(params, meta, x), apply(context, x), 1e-10)
+    exact(learner, meta)
+
+
+def test_cavia_modulates_a_dense_layer(x64):
+    learner = cavia(NET, mean_squared_error, context=FilmContext(3, "hidden_0"), num_steps=2, rate=0.5)
+    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    film = meta["film"]
+    assert film["u"].shape == film["v"].shape == (4, 3)
+
+    def apply(context, x):
+        h = x @ meta["net"]["hidden_0"]["w"] + meta["net"]["hidden_0"]["b"]
+        h = jnp.tanh((1 + film["u"] @ context) * h + film["v"] @ context)
+        return h @ meta["net"]["head"]["w"] + meta["net"]["head"]["b"]
+
+    context = jnp.zeros(3)
+    for _ in range(2):
+        context = context - 0.5 * jax.grad(lambda c: squared_error(apply, c, task.support))(context)
+    assert_close("context", solve(learner, meta, task), context, 1e-10)
+    x = task.query[0]
+    assert_close("answers", learner.predict(context, meta, x), apply(context, x), 1e-10)
+    exact(learner, meta)
+
+
+def test_cavia_modulates_a_normalized_layer(x64):
+    def normalized(layer, x):
+        h = x @ layer["w"]
+        return layer["scale"] * (h - h.mean(0)) / jnp.sqrt(h.var(0) + 1e-5) + layer["bias"]
+
+    net = bl.nets.Net(
+        lambda key: {
+            "block_0": {"w": jax.random.normal(key, (1, 4)), "scale": jnp.ones(4), "bias": jnp.zeros(4)}
+        },
+        lambda params, x: jnp.tanh(normalized(params["block_0"], x)).sum(1, keepdims=True),
+    )
+    learner = cavia(net, mean_squared_error, context=FilmContext(2, "block_0"))
+    meta, x = shaken(learner.init_meta(KEY)), regression_task().query[0]
+    context = jnp.array([0.3, -0.7])
+    factor, shift = 1 + meta["film"]["u"] @ context, meta["film"]["v"] @ context
+    expected = jnp.tanh(factor * normalized(meta["net"]["block_0"], x) + shift).sum(1, keepdims=True)
+    assert_close("answers", learner.predict(context, meta, x), expected, 1e-10)
+
+
+def test_cavia_refuses():
+    with pytest.raises(TypeError, match=r"InputContext\(size\) or FilmContext"):
+        cavia(NET, mean_squared_error, context=3)  # type: ignore
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got 0"):
+        InputContext(0)
+    learner = cavia(NET, mean_squared_error, context=FilmContext(2, "block_2"))
+    with pytest.raises(KeyError, match=r"layer='block_2'.*\['head', 'hidden_0'\]"):
+        learner.init_meta(KEY)
+    conv = bl.nets.conv4(5, 4)
+    learner = cavia(conv, cross_entropy, context=InputContext(2))
+    with pytest.raises(ValueError, match=r"inputs \[n, d\], got \(5, 28, 28, 1\)"):
+        learner.predict(jnp.zeros(2), learner.init_meta(KEY), jnp.zeros((5, 28, 28, 1)))
+
+
+# Meta-Curvature
+
+
+def test_meta_curvature_by_hand(x64):
+    learner = meta_curvature(NET, mean_squared_error, num_steps=2, rate=0.1)
+    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    params = meta["init"]
+    for _ in range(2):
+        grads = jax.grad(lambda p: squared_error(plain_perceptron, p, task.support))(params)
+        for name in ("hidden_0", "head"):
+            (m_in, m_out), (m_bias,) = (meta["curvature"][name][leaf] for leaf in ("w", "b"))
+            w, b = grads[name]["w"], grads[name]["b"]
+            params = {
+                **params,
+                name: {
+                    "w": params[name]["w"] - 0.1 * m_in @ w @ m_out.T,
+                    "b": params[name]["b"] - 0.1 * m_bias @ b,
+                },
+            }
+    assert_trees_close("params", solve(learner, meta, task), params, 1e-10)
+    exact(learner, meta)
+
+
+def test_meta_curvature_starts_as_maml(x64):
+    learner = meta_curvature(NET, mean_squared_error, num_steps=3, rate=0.1)
+    plain = bl.maml(NET, mean_squared_error, num_steps=3, rates=0.1)
+    meta, task = learner.init_meta(KEY), regression_task()
+    grad = estimate(plain, {"init": meta["init"]}, task).grad["init"]
+    assert_trees_close("grad", estimate(learner, meta, task).grad["init"], grad, 1e-10)
+
+
+def test_curvature_of_a_convolution(x64):
+    keys = jax.random.split(KEY, 4)
+    g = jax.random.normal(keys[0], (3, 9 * 2))
+    out, taps, channels = (jax.random.normal(k, (n, n)) for k, n in zip(keys[1:], (3, 9, 2), strict=True))
+    found = scale_by_curvature([[out, taps, channels]]).update([g], optax.EmptyState())[0][0]
+    expected = jnp.einsum("ao,bt,ci,oti->abc", out, taps, channels, g.reshape(3, 9, 2)).reshape(3, 18)
+    assert_close("product", found, expected, 1e-10)
+    net = bl.nets.conv4(5, 4)
+    learner = meta_curvature(net, cross_entropy, modes=conv_modes)
+    curvature = learner.init_meta(KEY)["curvature"]
+    assert [m.shape for m in curvature["block_1"]["w"]] == [(4, 4), (9, 9), (4, 4)]
+    assert [m.shape for m in curvature["head"]["w"]] == [(4, 4), (5, 5)]
+
+
+def test_meta_curvature_refuses():
+    learner = meta_curvature(NET, mean_squared_error, modes=lambda path, shape: (2,))
+    with pytest.raises(ValueError, match=r"keep the size of a leaf, got \(2,\) for head.b"):
+        learner.init_meta(KEY)
+    learner = meta_curvature(NET, mean_squared_error, estimator=FirstOrder())
+    with pytest.warns(bl.FirstOrderWarning, match=r"meta\['curvature'\]\['head'\]\['b'\]"):
+        estimate(learner, learner.init_meta(KEY), regression_task())
+
+
+# WarpGrad and Leap
+
+
+@pytest.mark.parametrize("start", [Mixed(), Reptile(), Leap()])
+def test_warp_objective_by_hand(x64, start):
+    """The gradient in ω is that of the mean loss one step after each φₖ, with the φₖ as constants."""
+    learner = warp_grad(DEEP, mean_squared_error, warp=("hidden_1",), num_steps=3, rate=0.1, start=start)
+    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+
+    def loss(params, warp, batch):
+        return squared_error(plain_perceptron, {**params, **warp}, batch)
+
+    def step(params, warp):
+        grads = jax.grad(loss)(params, warp, task.support)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    points = [meta["init"]]
+    for _ in range(3):
+        points.append(step(points[-1], meta["warp"]))
+
+    @jax.jit
+    def objective(warp):
+        return sum(loss(step(params, warp), warp, task.query) for params in points[:3]) / 3
+
+    h = estimate(learner, meta, task)
+    assert_derivative(objective, h.grad["warp"], meta["warp"])
+    assert_close("warp_loss", h.stats["warp_loss"], objective(meta["warp"]), 1e-10)
+    assert_close("value", h.value, loss(points[3], meta["warp"], task.query), 1e-10)
+    assert h.stats["zero_leaves"] == 0 and h.stats["finite"] == 1
+    # The initialization gets what its estimator gives with the warps as they are.
+    if isinstance(start, Reptile):
+        expected = jax.tree.map(lambda a, b: a - b, points[0], points[3])
+        assert_trees_close("init", h.grad["init"], expected, 1e-10)
+    elif isinstance(start, Mixed):
+
+        @jax.jit
+        def after(init):
+            for _ in range(3):
+                init = step(init, meta["warp"])
+            return loss(init, meta["warp"], task.query)
+
+        assert_derivative(after, h.grad["init"], meta["init"])
+
+
+def test_leap_shortens_the_way(x64):
+    learner = bl.maml(NET, mean_squared_error, num_steps=3, rates=0.2, estimator=Leap())
+    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+
+    def loss(params):
+        return squared_error(plain_perceptron, params, task.support)
+
+    points = [meta["init"]]
+    for _ in range(3):
+        points.append(jax.tree.map(lambda p, g: p - 0.2 * g, points[-1], jax.grad(loss)(points[-1])))
+    assert all(loss(a) > loss(b) for a, b in zip(points, points[1:]))  # so the stabilizer has nothing to do
+
+    def length(begin, end):
+        """Of one piece of the way, with the far end held."""
+        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), begin, end)
+        return jnp.sqrt(sum(jax.tree.leaves(squares)) + (loss(begin) - loss(end)) ** 2)
+
+    pulls = [jax.grad(length)(a, b) for a, b in zip(points, points[1:])]
+    expected = jax.tree.map(lambda *parts: sum(parts), *pulls)
+    h = estimate(learner, meta, task)
+    assert_trees_close("grad", h.grad, {"init": expected}, 1e-10)
+    assert_close("value", h.value, squared_error(plain_perceptron, points[3], task.query), 1e-10)
+
+
+def test_leap_at_a_minimum_has_no_direction():
+    problem = bl.Problem(lambda meta, key: meta, lambda p, m, b, k: p**2, lambda p, m, b, k: p)
+    solver = bl.inner.Gradient(optax.sgd(0.5), 2)
+    h = bl.hypergradient(problem, solver, Leap(), jnp.float32(0.0), bl.Task(None, None), KEY)
+    assert h.grad == 0 and h.stats["finite"] == 1
+
+
+def test_linear_warps_are_layers(x64):
+    net = linear_warps(NET)
+    params = shaken(net.init(KEY))
+    x, v = regression_task().query[0], params["warp"]["hidden_0"]
+    hidden = jnp.tanh((x @ params["hidden_0"]["w"] + params["hidden_0"]["b"]) @ v.T)
+    expected = hidden @ params["head"]["w"] + params["head"]["b"]
+    assert_close("answers", net.apply(params, x), expected, 1e-10)
+    start = net.init(KEY)
+    plain = {name: start[name] for name in ("hidden_0", "head")}
+    assert_close("identity", net.apply(start, x), NET.apply(plain, x), 1e-12)
+
+
+def test_linear_warps_of_a_convolution():
+    net, plain = linear_warps(bl.nets.conv4(3, 4)), bl.nets.conv4(3, 4)
+    params, x = net.init(KEY), jax.random.uniform(KEY, (3, 28, 28, 1))
+    turned = {**params, "warp": {**params["warp"], "block_0": jnp.eye(4)[jnp.array([1, 0, 3, 2])]}}
+    # Swapping features before normalization is swapping the rows of the weights.
+    first = {**params["block_0"], "w": params["block_0"]["w"][jnp.array([1, 0, 3, 2])]}
+    expected = plain.apply({**{n: params[n] for n in params if n != "warp"}, "block_0": first}, x)
+    assert_close("answers", net.apply(turned, x), expected, 1e-5)
+
+
+def test_warp_grad_refuses():
+    with pytest.raises(KeyError, match="no 'warp'; linear_warps"):
+        warp_grad(NET, mean_squared_error).init_meta(KEY)
+    with pytest.raises(ValueError, match="layers to adapt and layers to warp"):
+        warp_grad(NET, mean_squared_error, warp=()).init_meta(KEY)
+    learner = warp_grad(linear_warps(NET), mean_squared_error)
+    with pytest.raises(TypeError, match="not a function of meta"):
+        WarpGradient().check(learner.problem, bl.inner.Gradient(lambda meta: optax.sgd(0.1), 1))
+    with pytest.raises(ValueError, match="num_steps of at least 1, got 0"):
+        warp_grad(linear_warps(NET), mean_squared_error, num_steps=0)
+    with pytest.raises(KeyError, match="finds no layer"):
+        linear_warps(bl.nets.Net(lambda key: {"head": jnp.ones(2)}, lambda params, x: x)).init(KEY)
+
+
+# All of them
+
+
+@pytest.mark.parametrize("make", [reptile, imaml, boil, bl.maml])
+def test_noise_is_in_the_outer_loss_only(make):
+    class NoisyNet(bl.nets.Net):
+        """A net whose noisy outputs are three above those of `apply`."""
+
+        @staticmethod
+        def noisy(params, x, key):
+            return NET.apply(params, x) + 3.0
+
+    learner = make(NoisyNet(NET.init, NET.apply), mean_squared_error)
+    meta, task = learner.init_meta(KEY), regression_task()
+    params = solve(learner, meta, task)
+    batch = (task.query[0], learner.predict(params, meta, task.query[0]))
+    assert_close("outer", learner.problem.outer_loss(params, meta, batch, KEY), 9.0, 1e-5)
+    assert_close("loss", learner.problem.metrics(params, meta, batch, KEY)["loss"], 0.0, 1e-6)
