@@ -192,7 +192,7 @@ def _drawn(numbers: str, names: Sequence[str]) -> dict[str, list[str]]:
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(names))
     parts = np.split(order, np.cumsum(counts))[:3]
     return {
-        name: [names[i] for i in np.sort(part).tolist()] for name, part in zip(SPLITS, parts, strict=True)
+        name: [str(names[i]) for i in np.sort(part).tolist()] for name, part in zip(SPLITS, parts, strict=True)
     }
 
 
