@@ -1,5 +1,7 @@
 """The relatives of MAML are the methods they name: each held against its formula, written out by hand."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,10 +105,8 @@ def test_reptile_is_the_way_of_adam_without_momentum(x64):
     for step in (1, 2, 3):
         grads = jax.grad(lambda p: squared_error(plain_perceptron, p, task.support))(params)
         second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
-        scale = 1 - 0.999**step
-        params = jax.tree.map(
-            lambda p, g, v: p - 0.05 * g / (jnp.sqrt(v / scale) + 1e-8), params, grads, second
-        )
+        unbiased = jax.tree.map(lambda v: v / (1 - 0.999**step), second)  # noqa: B023
+        params = jax.tree.map(lambda p, g, v: p - 0.05 * g / (jnp.sqrt(v) + 1e-8), params, grads, unbiased)
     expected = jax.tree.map(lambda a, b: a - b, meta["init"], params)
     h = estimate(learner, meta, task)
     assert_trees_close("grad", h.grad, {"init": expected}, 1e-8)
@@ -366,14 +366,14 @@ def test_leap_shortens_the_way(x64):
     points = [meta["init"]]
     for _ in range(3):
         points.append(jax.tree.map(lambda p, g: p - 0.2 * g, points[-1], jax.grad(loss)(points[-1])))
-    assert all(loss(a) > loss(b) for a, b in zip(points, points[1:]))  # so the stabilizer has nothing to do
+    assert all(loss(a) > loss(b) for a, b in pairwise(points))  # so the stabilizer has nothing to do
 
     def length(begin, end):
         """Of one piece of the way, with the far end held."""
         squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), begin, end)
         return jnp.sqrt(sum(jax.tree.leaves(squares)) + (loss(begin) - loss(end)) ** 2)
 
-    pulls = [jax.grad(length)(a, b) for a, b in zip(points, points[1:])]
+    pulls = [jax.grad(length)(a, b) for a, b in pairwise(points)]
     expected = jax.tree.map(lambda *parts: sum(parts), *pulls)
     h = estimate(learner, meta, task)
     assert_trees_close("grad", h.grad, {"init": expected}, 1e-10)
@@ -428,14 +428,8 @@ def test_warp_grad_refuses():
 
 @pytest.mark.parametrize("make", [reptile, imaml, boil, bl.maml])
 def test_noise_is_in_the_outer_loss_only(make):
-    class NoisyNet(bl.nets.Net):
-        """A net whose noisy outputs are three above those of `apply`."""
-
-        @staticmethod
-        def noisy(params, x, key):
-            return NET.apply(params, x) + 3.0
-
-    learner = make(NoisyNet(NET.init, NET.apply), mean_squared_error)
+    noisy = NET._replace(noisy=lambda params, x, key: NET.apply(params, x) + 3.0)
+    learner = make(noisy, mean_squared_error)
     meta, task = learner.init_meta(KEY), regression_task()
     params = solve(learner, meta, task)
     batch = (task.query[0], learner.predict(params, meta, task.query[0]))

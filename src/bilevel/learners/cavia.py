@@ -119,8 +119,8 @@ def cavia(
         context: `InputContext(size)`, for inputs `[n, d]`, or `FilmContext(size, layer)`.
         num_steps: K, inner steps in training.
         rate: α.
-        estimator: `Mixed()` by default. With `FirstOrder()` the network learns only what it makes of a context
-            given to it, not how a context is found.
+        estimator: `Mixed()` by default. With `FirstOrder()` the network learns only what it makes of a
+            context given to it, not how a context is found.
 
     Returns:
         A `Learner` whose meta is `{"net": params}`, and `"film"` beside it with `FilmContext`; params are the

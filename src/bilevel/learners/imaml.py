@@ -31,8 +31,8 @@ def imaml(
         loss: `loss(outputs, targets) -> scalar` or `-> (scalar, {metric: scalar})`; batches are `(x, y)`.
         num_steps: K, steps of gradient descent towards φ*.
         rate: of these steps.
-        strength: λ. 2.0 is the published value for Omniglot, 0.5 for mini-ImageNet. Small values adapt more and
-            are harder to solve for; where λ is below the most negative curvature of the loss there is no
+        strength: λ. 2.0 is the published value for Omniglot, 0.5 for mini-ImageNet. Small values adapt more
+            and are harder to solve for; where λ is below the most negative curvature of the loss there is no
             minimum to speak of, and conjugate gradients break down.
         solver: in place of `num_steps` and `rate`, any way to solve the inner problem, such as
             `bl.inner.Converged(optimistix.BFGS(...))`.
@@ -45,9 +45,9 @@ def imaml(
     Raises:
         ValueError: when `strength` is not positive.
 
-    Cost: K inner gradients and about 2 more for each step of the linear solver; memory independent of K. Biased
-    by what is missing to φ* and to the linear solve: `stats["inner_error"]` and `["linear_residual"]` say how
-    much, and evaluation takes as many steps as it is told to, of the same tied problem.
+    Cost: K inner gradients and about 2 more for each step of the linear solver; memory independent of K.
+    Biased by what is missing to φ* and to the linear solve: `stats["inner_error"]` and `["linear_residual"]`
+    say how much. Evaluation takes steps of the same tied problem.
 
     Reference: Rajeswaran, Finn, Kakade, Levine, Meta-learning with implicit gradients, 2019.
 

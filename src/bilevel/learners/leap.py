@@ -19,9 +19,9 @@ class Leap:
         length = Σₖ |(φₖ₊₁ − φₖ, fₖ₊₁ − fₖ)|,   fₖ = inner_loss(φₖ)
         grad = (dφ₀/dθ)ᵀ Σₖ (φₖ − φₖ₊₁ + |fₖ₊₁ − fₖ| ∇fₖ) / |(φₖ₊₁ − φₖ, fₖ₊₁ − fₖ)|
 
-    Each φₖ is pulled to where φₖ₊₁ was, and dφₖ/dφ₀ is taken as the identity. The absolute value is the paper's
-    stabilizer: a step that raised the loss is not to be repeated. `value` is the outer loss at φ_K, to be
-    watched: its gradient is something else.
+    Each φₖ is pulled to where φₖ₊₁ was, and dφₖ/dφ₀ is taken as the identity. The absolute value is the
+    paper's stabilizer: a step that raised the loss is not to be repeated. `value` is the outer loss at φ_K,
+    to be watched: its gradient is something else.
 
     Raises:
         TypeError, ValueError: when the solver has no steps, or none to take.
@@ -29,8 +29,8 @@ class Leap:
     Warns:
         FirstOrderWarning: naming each leaf of meta that does not reach φ₀: its gradient is exactly zero.
 
-    Cost: two inner gradients a step in time; memory O(K dim φ). Biased as an estimate of dF/dθ, which it is not
-    meant to be.
+    Cost: two inner gradients a step in time; memory O(K dim φ). Biased as an estimate of dF/dθ, which it is
+    not meant to be.
 
     Reference: Flennerhag, Moreno, Lawrence, Damianou, Transferring knowledge across learning processes, 2019.
 

@@ -54,8 +54,8 @@ def meta_curvature(
         num_steps: K, inner steps in training.
         rate: α.
         modes: `modes(path, shape) -> shape`, how a leaf is seen: one matrix for each axis of the shape it
-            returns. `conv_modes` splits the convolutions of `conv4` as the paper does; with `leaf_modes` their
-            inputs and taps share one large matrix.
+            returns. `conv_modes` splits the convolutions of `conv4` as the paper does; with `leaf_modes`
+            their inputs and taps share one large matrix.
         estimator: `Mixed()` by default. `FirstOrder()` cannot learn the matrices, and says so.
 
     Returns:

@@ -27,9 +27,9 @@ def reptile(
 
         θ ← θ + ε · mean over tasks of (φ_K − θ),   φ₀ = θ["init"],   φₖ₊₁ = Adam(∇loss(φₖ, minibatch k))
 
-    The outer optimizer is `optax.sgd(ε)`, with ε decaying to 0; the estimator's gradient is θ − φ_K. The query
-    is only looked at. So give training tasks whose support holds all the examples there are of a class (10 on
-    Omniglot, 15 on mini-ImageNet), and test tasks with the shots that are asked for.
+    The outer optimizer is `optax.sgd(ε)`, with ε decaying to 0; the estimator's gradient is θ − φ_K. The
+    query is only looked at. So give training tasks whose support holds all the examples there are of a class
+    (10 on Omniglot, 15 on mini-ImageNet), and test tasks with the shots that are asked for.
 
     Args:
         net: an init/apply pair.
@@ -37,8 +37,8 @@ def reptile(
         num_steps: K, inner steps in training. Evaluation takes many more, 50 in the paper.
         batch_size: examples of an inner step, drawn without repeats from the support for each step anew; all
             of it when None, or where the support has no more.
-        rate: of the inner Adam. The second moment starts anew with each task, where the published code carries
-            it from one task to the next.
+        rate: of the inner Adam. The second moment starts anew with each task, where the published code
+            carries it from one task to the next.
         optimizer: another inner optimizer, in place of Adam with β₁ = 0.
 
     Returns:
@@ -49,7 +49,7 @@ def reptile(
         TypeError: when `optimizer` is none of optax.
 
     Cost: K inner gradients; memory independent of K. Biased as a gradient of the query loss, and not meant as
-    one: to leading order it descends the loss of the task and raises the agreement of its minibatch gradients.
+    one: to leading order it descends the task's loss and raises the agreement of its minibatch gradients.
 
     Reference: Nichol, Achiam, Schulman, On first-order meta-learning algorithms, 2018.
 

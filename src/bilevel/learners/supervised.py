@@ -35,7 +35,7 @@ def supervised(net: Net, loss: Callable, init: Callable, assemble: Assemble) -> 
     >>> predict(net.init(jax.random.key(0)), None, jax.numpy.ones((3, 1))).shape
     (3, 1)
     """
-    noisy = getattr(net, "noisy", None)
+    noisy = net.noisy
 
     def predict(params, meta, x):
         return net.apply(*assemble(params, meta, x))

@@ -36,8 +36,8 @@ class WarpGradient:
         TypeError: when the inner solver is no `bl.inner.Gradient` of one fixed optimizer.
         ValueError: when it has no steps.
 
-    Cost: that of `start`, K inner gradients for the way and 2 to 3 more for each of its points; memory O(K dim
-    φ + one step). As an estimate of dF/dω exact for F, which is not the loss at φ_K.
+    Cost: that of `start`, K inner gradients for the way and 2 to 3 more for each of its points; memory
+    O(K dim φ + one step). As an estimate of dF/dω exact for F, which is not the loss at φ_K.
 
     Reference: Flennerhag et al., Meta-learning with warped gradient descent, 2020.
     """
@@ -124,8 +124,8 @@ def warp_grad(
 
         φₖ₊₁ = φₖ − α ∇φ loss(net(φₖ, ω), support);   ω by the warp objective of `WarpGradient`, φ₀ by `start`
 
-    The Jacobians of the warp layers precondition the gradients of the task layers, and no step length or metric
-    has to be stated. Because ω is judged a step at a time, tasks may take many steps.
+    The Jacobians of the warp layers precondition the gradients of the task layers; no metric has to be
+    stated. Because ω is judged a step at a time, tasks may take many steps.
 
     Args:
         net: an init/apply pair. `linear_warps(net)` gives one with warps; or name layers of your own.
@@ -147,7 +147,8 @@ def warp_grad(
 
     Cost: that of `WarpGradient`. Biased as a gradient of the loss at φ_K.
 
-    Reference: Flennerhag, Rusu, Pascanu, Visin, Yin, Hadsell, Meta-learning with warped gradient descent, 2020.
+    Reference: Flennerhag, Rusu, Pascanu, Visin, Yin, Hadsell, Meta-learning with warped gradient descent,
+    2020.
 
     >>> import bilevel as bl
     >>> net = bl.nets.mlp([1, 8, 8, 8, 1])  # every second hidden layer is a warp
@@ -167,7 +168,8 @@ def warp_grad(
         task_layers = {name: part for name, part in params.items() if name not in warp}
         if not task_layers or not warp:
             raise ValueError(
-                f"warp_grad needs layers to adapt and layers to warp them, got warp={warp} of {sorted(params)}"
+                "warp_grad needs layers to adapt and layers to warp them, got "
+                f"warp={warp} of {sorted(params)}"
             )
         return {"init": task_layers, "warp": {name: params[name] for name in warp}}
 
@@ -187,8 +189,8 @@ def linear_warps(net: Net) -> Net:
         h = W x + b  becomes  V (W x + b)   with V `[features, features]`, before normalization and activation
 
     V is folded into the weights, so that any network of such layers will do: `{"w": [fan_in, features], "b"}`
-    for dense ones, `{"w": [features, fan_in], "scale", "bias"}` for those of `conv4`, where V is a convolution
-    of size 1.
+    for dense ones, `{"w": [features, fan_in], "scale", "bias"}` for those of `conv4`, where V is a
+    convolution of size 1.
 
     Returns:
         A `Net` whose parameters have one entry more, `{"warp": {layer: V}}`.
@@ -222,11 +224,12 @@ def linear_warps(net: Net) -> Net:
                 folded[name] = {**layer, "w": layer["w"] @ v.T, "b": v @ layer["b"]}
         return folded
 
-    noisy = getattr(net, "noisy", None)
-    result = net._replace(init=init, apply=lambda params, x: net.apply(warped(params), x))
-    if noisy is None:
-        return result
-    return result._replace(noisy=lambda params, x, key: noisy(warped(params), x, key))  # type: ignore
+    noisy = net.noisy
+    return net._replace(
+        init=init,
+        apply=lambda params, x: net.apply(warped(params), x),
+        noisy=noisy and (lambda params, x, key: noisy(warped(params), x, key)),
+    )
 
 
 def _features(layer) -> int | None:

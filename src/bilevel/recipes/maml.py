@@ -9,6 +9,7 @@ import optax
 from bilevel import hypergrad
 from bilevel.inner import Gradient
 from bilevel.learners import Fixed, PerLayerPerStep, PerParameter, maml
+from bilevel.learners.maml import AllBut
 from bilevel.nets import Net
 from bilevel.problem import Learner, Problem
 
@@ -30,10 +31,10 @@ class Maml:
     """Inner learning rate, or where the learned ones start."""
     rates: Literal["fixed", "per-parameter", "per-layer-per-step"] = "fixed"
     """Which inner rates are learned: none, Meta-SGD's or MAML++'s."""
-    adapt: Literal["all", "head"] = "all"
-    """What the inner loop adapts: everything, or only the head (ANIL)."""
+    adapt: Literal["all", "head", "body"] = "all"
+    """What the inner loop adapts: everything, only the head (ANIL), or all but the head (BOIL)."""
     estimator: Literal["mixed", "unroll", "first-order", "multi-step"] = "mixed"
-    """How the hypergradient is obtained; multi-step is MAML++'s loss after every step."""
+    """How the hypergradient is obtained: first-order is FOMAML, multi-step MAML++'s loss after every step."""
     annealing_steps: int = 1000
     """Outer steps over which the multi-step loss becomes that of the last step."""
 
@@ -48,7 +49,7 @@ class Maml:
             loss,
             num_steps=self.num_steps,
             rates=_RATES[self.rates](self.rate),
-            adapt=self.adapt,
+            adapt=AllBut("head") if self.adapt == "body" else self.adapt,
             estimator=estimator,
         )
 
