@@ -1,46 +1,57 @@
-"""The four-block convolutional network of the few-shot literature, built on matrix products.
+"""The four-block convolutional network of the few-shot literature, built on matrix products."""
 
-XLA's own convolution is slow on a CPU when each task has its own weights, and its second derivatives
-are slower still. Here a convolution is a copy of the 3x3 neighbourhoods (`_patches`) and one matrix
-product, whose derivatives of any order are again copies and matrix products.
-"""
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from bilevel.nets.convolution import KERNEL, largest_of_quarters, max_pool, patches, product, quarter_patches
 from bilevel.nets.net import Net
+from bilevel.nets.noise import dropout as drop
+from bilevel.nets.noise import require_rate
+from bilevel.nets.norms import BatchNorm, Norm, as_norm
 
-_KERNEL, _STRIDE = 3, 2
+_BLOCKS = 4
+_STRIDE = 2
 
 
 def conv4(
-    ways: int,
+    ways: int | None,
     filters: int = 64,
     *,
     image_shape: tuple[int, int, int] = (28, 28, 1),
     compute_dtype: str = "float32",
+    downsample: Literal["stride", "pool"] = "stride",
+    norm: str | Norm = "batch",
+    dropout: float = 0.0,
 ) -> Net:
-    """Four blocks of 3x3 convolution with stride 2, batch norm and ReLU; mean over space; linear head.
+    """Four blocks of 3x3 convolution, normalization and ReLU, each halving the picture; linear head.
 
-        x ← relu(γ (Wx − mean) / std + β), four times;   logits = mean over space (x) V + c
+        x ← relu(γ (Wx − mean) / std + β), four times;   logits = features V + c
 
-    Batch norm always uses the statistics of the batch it is given ("transductive"): at evaluation the
-    query examples of a task share them. Stride replaces pooling, as in MAML on Omniglot.
+    With "stride" the convolutions step by 2 and the features are the mean over space, as in MAML on
+    Omniglot. With "pool" 2x2 max pooling follows each block and the features are all that is left, as in
+    the rest of the literature.
 
     Args:
-        ways: number of classes.
+        ways: number of classes; None leaves the head out, and the net embeds.
         filters: width of each block.
         image_shape: height, width and channels of the images.
         compute_dtype: "float32", or "bfloat16" to multiply in bfloat16 and add in float32: faster where
             the processor has such units. Each product then keeps two to three decimal digits, and a
             hypergradient may be off by a tenth of its norm (`make bench` prints by how much).
+        downsample: "stride" or "pool". On a CPU the first is several times as fast.
+        norm: "batch" (on the statistics of the batch it is given: transductive, the queries of a task share
+            them), "group", "layer", "none", or a norm such as `GroupNorm(8)` or `SupportNorm(5)`.
+        dropout: share of the features that `noisy` drops before the head.
 
     Returns:
-        A `Net`: `x [n, height, width, channels] -> logits [n, ways]`. Its parameters are
+        A `Net`: `x [n, height, width, channels] -> logits [n, ways]`, or features `[n, filters]` ("stride")
+        and `[n, height//16 · width//16 · filters]` ("pool") when `ways` is None. Its parameters are
         `{"block_0": {"w", "scale", "bias"}, ..., "head": {"w", "b"}}`.
 
     Raises:
-        ValueError: for a width below 1, fewer than 2 ways or an unknown compute_dtype.
+        ValueError: for a width below 1, fewer than 2 ways, an unknown option, images too small to pool.
 
     Reference: Vinyals et al., Matching networks, 2016; Finn, Abbeel, Levine, 2017.
 
@@ -48,70 +59,92 @@ def conv4(
     >>> net.apply(net.init(jax.random.key(0)), jnp.ones((10, 28, 28, 1))).shape
     (10, 5)
     """
-    if ways < 2 or filters < 1 or len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(
-            "conv4 needs ways >= 2, filters >= 1 and image_shape (height, width, channels), "
-            f"got ways={ways}, filters={filters}, image_shape={image_shape}"
-        )
-    if compute_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"conv4.compute_dtype must be float32 or bfloat16, got {compute_dtype!r}")
-    names = [f"block_{i}" for i in range(4)]
+    _check(ways, filters, image_shape, compute_dtype, downsample)
+    require_rate("conv4", dropout=dropout)
+    norm = as_norm(norm, "conv4")
+    norm.check(filters)
+    names = [f"block_{i}" for i in range(_BLOCKS)]
+    shrink = 2**_BLOCKS
+    places = 1 if downsample == "stride" else (image_shape[0] // shrink) * (image_shape[1] // shrink)
+    width = places * filters
 
     def init(key):
         keys = jax.random.split(key, len(names) + 1)
         params = {}
         channels = image_shape[-1]
         for name, k in zip(names, keys[:-1], strict=True):
-            fan_in = _KERNEL**2 * channels
+            fan_in = KERNEL**2 * channels
             params[name] = {
                 "w": jax.random.normal(k, (filters, fan_in)) * (2 / fan_in) ** 0.5,
                 "scale": jnp.ones(filters),
                 "bias": jnp.zeros(filters),
             }
             channels = filters
-        params["head"] = {
-            "w": jax.random.normal(keys[-1], (filters, ways)) * filters**-0.5,
-            "b": jnp.zeros(ways),
-        }
+        if ways is not None:
+            params["head"] = {
+                "w": jax.random.normal(keys[-1], (width, ways)) * width**-0.5,
+                "b": jnp.zeros(ways),
+            }
         return params
 
-    def apply(params, x):
+    def forward(params, x, key=None):
         if x.ndim != 4 or x.shape[1:] != tuple(image_shape):
             raise ValueError(
                 f"conv4 expects images [n, {', '.join(map(str, image_shape))}], got {x.shape}; "
                 "pass image_shape=(height, width, channels) to conv4"
             )
+        block = _strided_block if downsample == "stride" else _pooled_block
         for name in names:
-            x = _patches(x)
-            n, h, w, k = x.shape
-            x = jax.nn.relu(_normalized_product(x.reshape(n * h * w, k), params[name], compute_dtype))
-            x = x.reshape(n, h, w, filters)
-        return x.mean((1, 2)) @ params["head"]["w"] + params["head"]["b"]
+            x = block(x, params[name], norm, compute_dtype)
+        x = x.mean((1, 2)) if downsample == "stride" else x.reshape(x.shape[0], width)
+        if key is not None:
+            x = drop(x, dropout, key)
+        return x if ways is None else x @ params["head"]["w"] + params["head"]["b"]
 
-    return Net(init, apply)
-
-
-def _patches(x: jax.Array) -> jax.Array:
-    """3x3 neighbourhoods at stride 2 with a border of one zero: `[n, h, w, c] -> [n, h/2, w/2, 9c]`."""
-    height, width, channels = x.shape[1:]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    taps = [
-        x[:, i : i + height : _STRIDE, j : j + width : _STRIDE, :]
-        for i in range(_KERNEL)
-        for j in range(_KERNEL)
-    ]
-    # The same memory as a concatenation of channels, written more than twice as fast on a CPU.
-    stacked = jnp.stack(taps, axis=3)
-    return stacked.reshape(*stacked.shape[:3], _KERNEL**2 * channels)
+    return Net(init, lambda params, x: forward(params, x), forward if dropout else None, norm.transductive)
 
 
-def _product(x: jax.Array, w: jax.Array, compute_dtype: str) -> jax.Array:
-    """`x [rows, k], w [filters, k] -> x wᵀ`; with this layout no derivative transposes the large factor."""
-    dims = (((1,), (1,)), ((), ()))
-    if compute_dtype == "float32":
-        return jax.lax.dot_general(x, w, dims)
-    x, w, result = x.astype(compute_dtype), w.astype(compute_dtype), x.dtype
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=result)
+def _check(ways, filters, image_shape, compute_dtype, downsample):
+    if (ways is not None and ways < 2) or filters < 1 or len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(
+            "conv4 needs ways >= 2 (or None), filters >= 1 and image_shape (height, width, channels), "
+            f"got ways={ways}, filters={filters}, image_shape={image_shape}"
+        )
+    if compute_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"conv4.compute_dtype must be float32 or bfloat16, got {compute_dtype!r}")
+    if downsample not in ("stride", "pool"):
+        raise ValueError(f"conv4.downsample must be stride or pool, got {downsample!r}")
+    if downsample == "pool" and min(image_shape[:2]) < 2**_BLOCKS:
+        raise ValueError(
+            f"conv4 pools four times, which needs images of at least 16x16, got image_shape={image_shape}; "
+            "use downsample='stride'"
+        )
+
+
+def _strided_block(x: jax.Array, block: dict, norm: Norm, compute_dtype: str) -> jax.Array:
+    """`[n, h, w, c] -> [n, ⌈h/2⌉, ⌈w/2⌉, filters]`."""
+    x = patches(x, _STRIDE)
+    n, h, w, k = x.shape
+    if isinstance(norm, BatchNorm):
+        x = jax.nn.relu(_normalized_product(x.reshape(n * h * w, k), block, compute_dtype))
+    else:
+        y = product(x.reshape(1, n, h * w, k), block["w"], compute_dtype)
+        x = jax.nn.relu(norm(y, block["scale"], block["bias"]))
+    return x.reshape(n, h, w, -1)
+
+
+def _pooled_block(x: jax.Array, block: dict, norm: Norm, compute_dtype: str) -> jax.Array:
+    """`[n, h, w, c] -> [n, h//2, w//2, filters]`; a norm sees also what an odd size drops."""
+    even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
+    x = quarter_patches(x) if even else patches(x)[None]
+    parts, n, h, w, k = x.shape
+    if isinstance(norm, BatchNorm):
+        y = _normalized_product(x.reshape(-1, k), block, compute_dtype)
+    else:
+        y = product(x.reshape(parts, n, h * w, k), block["w"], compute_dtype)
+        y = norm(y, block["scale"], block["bias"])
+    y = y.reshape(parts, n, h, w, -1)
+    return jax.nn.relu(largest_of_quarters(y) if even else max_pool(y[0]))
 
 
 def _normalized_product(x: jax.Array, block: dict, compute_dtype: str) -> jax.Array:
@@ -124,8 +157,8 @@ def _normalized_product(x: jax.Array, block: dict, compute_dtype: str) -> jax.Ar
         centred = x - mean
         covariance = centred.T @ centred / x.shape[0]
         scale = block["scale"] * jax.lax.rsqrt(((w @ covariance) * w).sum(1) + epsilon)
-        return _product(x, w * scale[:, None], compute_dtype) + (block["bias"] - (w @ mean) * scale)
-    y = _product(x, w, compute_dtype)
+        return product(x, w * scale[:, None], compute_dtype) + (block["bias"] - (w @ mean) * scale)
+    y = product(x, w, compute_dtype)
     mean = y.mean(0)
     scale = block["scale"] * jax.lax.rsqrt(((y - mean) ** 2).mean(0) + epsilon)
     return y * scale + (block["bias"] - mean * scale)

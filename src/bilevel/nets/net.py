@@ -9,11 +9,15 @@ from bilevel.problem import Key, Params
 
 
 class Net(NamedTuple):
-    """A network as two pure functions.
+    """A network as pure functions.
 
     Args:
         init: `init(key) -> params`.
         apply: `apply(params, x) -> outputs`, with `x` of shape `[n, ...]`.
+        noisy: `noisy(params, x, key) -> outputs` with dropout and the like, None where there is none.
+            Learners use it in the outer loss of training only; figures come from `apply`.
+        transductive: whether the outputs of one example depend on the others of its batch, as with batch
+            norm on the current batch. An evaluation protocol has to say so.
 
     >>> net = Net(init=lambda key: jax.random.normal(key, (3,)), apply=lambda params, x: x @ params)
     >>> net.apply(net.init(jax.random.key(0)), jax.numpy.ones((5, 3))).shape
@@ -22,3 +26,5 @@ class Net(NamedTuple):
 
     init: Callable[[Key], Params]
     apply: Callable[[Params, jax.Array], jax.Array]
+    noisy: Callable[[Params, jax.Array, Key], jax.Array] | None = None
+    transductive: bool = False
