@@ -227,6 +227,7 @@ def _require_floats(name: str, x: jax.Array) -> None:
 
 
 def require_probability(name: str, probability: float) -> None:
+    """Refuse what is no Python number in 0..1."""
     if isinstance(probability, bool) or not isinstance(probability, int | float):
         raise TypeError(
             f"{name}: probability must be a Python number (no derivative reaches it), "
