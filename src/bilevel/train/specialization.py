@@ -63,7 +63,8 @@ class Specialization(NamedTuple):
         """One sentence: how fast, how far, and whether more steps hurt."""
         steps, more = self.num_steps, len(self.query_loss.mean) - 1 - self.num_steps
         if np.isnan(self.first_step):
-            speed = f"{steps} steps bring no gain in query loss: nothing is adapted, or it is too coarse"
+            plural = "s" * (steps != 1)
+            speed = f"{steps} step{plural} bring no gain in query loss: nothing is adapted, or too coarsely"
         elif steps == 1:
             speed = "the one step it is meant for brings all of the gain"
         elif self.first_step >= _FAST:
@@ -79,9 +80,10 @@ class Specialization(NamedTuple):
         if more:
             change = f"{self.beyond.mean:+.3g} ± {self.beyond.ci95:.2g}".replace("-", "−")
             low, high = self.beyond.mean - self.beyond.ci95, self.beyond.mean + self.beyond.ci95
-            verdict = "hurt" if low > 0 else "still help" if high < 0 else "change nothing"
+            verdict = "worse" if low > 0 else "better" if high < 0 else "no better and no worse"
             warning = " (over-specialized to its horizon)" if low > 0 else ""
-            parts.append(f"{more} steps beyond {verdict}: query loss {change}{warning}")
+            plural = "s" * (more != 1)
+            parts.append(f"{more} step{plural} beyond it is {verdict}: query loss {change}{warning}")
         return "; ".join(parts)
 
 
