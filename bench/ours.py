@@ -95,6 +95,7 @@ def by_step(learner: bl.Learner, meta, tasks: bl.Task, args) -> tuple[list[float
 
 def by_chunk(learner: bl.Learner, meta, tasks: bl.Task, args) -> float:
     """Milliseconds of an outer step of `bl.train`: the median chunk, without the one that compiles."""
+    each = -(-tasks.support[0].shape[0] // args.devices)  # tasks on a device
     optimizer = optax.adam(1e-3)
     state = bl.init_state(learner, optimizer, fixed(tasks), jax.random.key(0), meta)
     times = []
@@ -104,7 +105,9 @@ def by_chunk(learner: bl.Learner, meta, tasks: bl.Task, args) -> float:
         fixed(tasks),
         state,
         args.chunk_size * (1 + args.chunks),
-        options=bl.Options(chunk_size=args.chunk_size, task_chunk=args.task_chunk),
+        options=bl.Options(
+            chunk_size=args.chunk_size, task_chunk=min(args.task_chunk, each), devices=args.devices
+        ),
         on_chunk=[lambda state, values: times.append(1e3 / values["steps_per_second"])],
     )
     return statistics.median(times[1:])
@@ -138,7 +141,11 @@ def main() -> None:
     options.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--chunk-size", type=int, default=1000, help="outer steps a compiled call")
     options.add_argument("--chunks", type=int, default=5, help="timed calls; 0 leaves them out")
+    options.add_argument(
+        "--devices", type=int, default=1, help="that a step's tasks are spread over in bl.train"
+    )
     args = options.parse_args()
+    jax.config.update("jax_num_cpu_devices", args.devices)
     name, learner, meta, tasks = {"sinusoid": sinusoid, "omniglot": omniglot}[args.work](args)
     meta, tasks = jax.tree.map(jnp.asarray, (meta, tasks))
     losses, times = by_step(learner, meta, tasks, args)
@@ -152,6 +159,7 @@ def main() -> None:
         "jax": jax.__version__,
         "value": losses[0],
         "third_value": losses[2],
+        "devices": args.devices,
         "way": f"{args.estimator}, task_chunk={args.task_chunk}, {args.compute_dtype}",
     }
     if args.chunks:

@@ -32,8 +32,8 @@ class Work:
 
 WORKS = {
     "sinusoid-1": Work("sinusoid", 1, 300, 40, ("--estimator=unroll", "--task-chunk=25")),
-    "sinusoid-5": Work("sinusoid", 5, 100, 20, ("--estimator=unroll", "--task-chunk=5")),
-    "omniglot": Work("omniglot", 1, 7, 5, ("--task-chunk=1", "--chunks=0")),
+    "sinusoid-5": Work("sinusoid", 5, 100, 20, ("--estimator=unroll", "--task-chunk=25")),
+    "omniglot": Work("omniglot", 1, 7, 5, ("--task-chunk=1", "--chunk-size=5", "--chunks=3")),
 }
 
 
@@ -80,7 +80,7 @@ def contenders(work: Work, args) -> list[Contender]:
     """Ours first, then every peer that runs."""
     repeats = (work.our_repeats, work.peer_repeats)
     our_repeats, peer_repeats = (max(3, n // 4) for n in repeats) if args.quick else repeats
-    rows = [Contender("bilevel", ours(work, our_repeats))]
+    rows = [Contender("bilevel", ours(work, our_repeats, *extra)) for extra in ((), ("--devices=2",))]
     if work.script == "omniglot":
         rows.append(Contender("bilevel", ours(work, our_repeats, "--compute-dtype=bfloat16")))
     peers = [("torch_func",), ("torchopt",), ("torchopt", f"--way={DOCUMENTED}"), ("higher",)]
@@ -121,11 +121,14 @@ def table(results: list[list[dict]]) -> str:
 
     for result in results:
         last = result[-1]
-        times = [each["median_ms"] for each in result]
-        line(last["peer"], last["way"], last.get("threads", "all"), times)
+        devices = last.get("devices", 1)
+        if devices == 1:  # more of them are an option of bl.train
+            times = [each["median_ms"] for each in result]
+            line(last["peer"], last["way"], last.get("threads", "all"), times)
         if "chunk_ms" in last:
             chunked = [each["chunk_ms"] for each in result]
-            line(last["peer"], "inside bl.train, 1000 steps a compiled call", "all", chunked)
+            spread = f", devices={devices}" if devices > 1 else ""
+            line(last["peer"], f"{last['way']}, inside bl.train{spread}", "all", chunked)
     for last in (result[-1] for result in results):
         if "relative_error" in last:
             error = f"{100 * last['relative_error']:.2g}%"

@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 2)  # for tests/test_sharding.py; all others run on the first
+
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:

@@ -35,6 +35,7 @@ LEVELS = (
     "tasks",
     "nets",
     "linalg",
+    "sharding",
     "problem",
     "errors",
 )

@@ -13,6 +13,7 @@ from bilevel.problem import IterativeSolver
 from bilevel.recipes.config import find_recipe, first_difference, from_fields, to_fields
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.splits import validation_classes
+from bilevel.sharding import make_devices
 from bilevel.train.checkpoint import Checkpoints
 from bilevel.train.early_stopping import EarlyStopping, Validation, stopped_at
 
@@ -92,9 +93,11 @@ def train_recipe(
     """
     check_folder(name, recipe, folder, resume)
     validation = validation or Validation()
+    options = getattr(recipe, "loop", None) or bl.Options()
+    if options.devices > 1:
+        make_devices(options.devices)  # before the first array is made
     experiment = recipe.build()
     state = first_state(experiment, recipe.seed)
-    options = getattr(recipe, "loop", None) or bl.Options()
     run = bl.Run(folder, fingerprint(name, recipe), resume, title=Path(name).name)
     watch = None
     if validation.every:

@@ -73,6 +73,10 @@ class _Batch:
     def __call__(self, key: Key) -> Task:
         return jax.vmap(self.sample)(jax.random.split(key, self.num_tasks))
 
+    def rows(self, key: Key, rows: jax.Array) -> Task:
+        """Those tasks of the batch alone, for a device that has no use for the others."""
+        return jax.vmap(self.sample)(jax.random.split(key, self.num_tasks)[rows])
+
 
 def batch(sample: Sampler, num_tasks: int) -> Sampler:
     """Turn a sampler of tasks into a sampler of batches of tasks.

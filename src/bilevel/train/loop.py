@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bilevel.hypergrad.doubts import Doubter
 from bilevel.problem import Key, Learner, Task
+from bilevel.sharding import AXIS, Shard, tasks_mesh
 from bilevel.train.arrays import split_arrays
 from bilevel.train.checkpoint import Checkpoints
 from bilevel.train.display import progress
 from bilevel.train.metrics import MetricsWriter, read_metrics
-from bilevel.train.step import MetaState, Metrics, meta_step
+from bilevel.train.step import MetaState, Metrics, meta_step, num_tasks
 
 OnChunk = Callable[[MetaState, dict[str, float]], None]
 
@@ -31,11 +34,13 @@ class HypergradientError(FloatingPointError):
 
 @dataclass(frozen=True)
 class Options:
-    """How an outer loop runs; none of it changes what is computed.
+    """How an outer loop runs; none of it changes what is computed, but for the order of sums.
 
     Args:
         chunk_size: outer steps in one compiled call; metrics and signals are looked at between calls.
         task_chunk: tasks computed side by side; see `mean_hypergradient`.
+        devices: over how many the tasks of a step are spread. On a CPU two of them use two cores better
+            than one does, see `bilevel.sharding.tasks_mesh`; sums are rounded in another order.
         checkpoint_every: outer steps between checkpoints, rounded up to whole chunks.
         keep_checkpoints: how many of the newest checkpoints stay.
         zero_leaves: what a meta leaf with an all-zero hypergradient does: "stop" or "allow".
@@ -43,12 +48,13 @@ class Options:
 
     chunk_size: int = 100
     task_chunk: int = 1
+    devices: int = 1
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     zero_leaves: Literal["stop", "allow"] = "stop"
 
     def __post_init__(self):
-        for name in ("chunk_size", "task_chunk", "checkpoint_every", "keep_checkpoints"):
+        for name in ("chunk_size", "task_chunk", "devices", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.zero_leaves not in ("stop", "allow"):
@@ -125,7 +131,7 @@ def train(
             writer = stack.enter_context(MetricsWriter(run.folder, done if run.resume else None))
             display = stack.enter_context(progress(run.title, num_meta_steps, done))
         stop_asked = stack.enter_context(_signals())
-        chunk = _compile(learner, optimizer, sample_tasks, options)
+        chunk = _compile(learner, optimizer, sample_tasks, state, options)
         doubter = Doubter(learner.estimator)
         saved = int(state.step)
         begin = time.perf_counter() - (_seconds_before(run) if run else 0.0)
@@ -157,19 +163,20 @@ def train(
     return state
 
 
-def _compile(learner, optimizer, sample_tasks, options):
+def _compile(learner, optimizer, sample_tasks, state, options):
     """`(state, n) -> (state, log, finite)`: n outer steps, or fewer if one of them is not finite.
 
     The number of steps is an operand, so that one compiled program serves full and partial chunks and a
     resumed run repeats the interrupted one bit for bit.
     """
     arrays, merge = split_arrays(sample_tasks)
+    shard = _shard(sample_tasks, state, options)
 
     def step(arrays, state):
         # A stream of its own, apart from the one that meta_step draws from.
         task_key = jax.random.fold_in(jax.random.fold_in(state.key, 0x7A5C), state.step)
-        tasks = merge(arrays)(task_key)
-        return meta_step(learner, optimizer, state, tasks, task_chunk=options.task_chunk)
+        tasks = _draw(merge(arrays), task_key, shard)
+        return meta_step(learner, optimizer, state, tasks, task_chunk=options.task_chunk, shard=shard)
 
     def run(arrays, state, num_steps):
         shapes = jax.eval_shape(step, arrays, state)[1]
@@ -191,8 +198,53 @@ def _compile(learner, optimizer, sample_tasks, options):
         _, good, state, log = jax.lax.while_loop(unfinished, body, (0, True, state, log))
         return state, log, good
 
-    compiled = jax.jit(run)
-    return lambda state, num_steps: compiled(arrays, state, num_steps)
+    if shard is None:
+        compiled = jax.jit(run)
+        return lambda state, num_steps: compiled(arrays, state, num_steps)
+    # All is whole on each device but the estimator's state, which stays with its tasks.
+    mesh, specs = tasks_mesh(shard.devices), MetaState(P(), P(), P(AXIS), P(), P())
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(specs, P(), P()), check_vma=False
+    )
+    compiled, first = jax.jit(run), mesh.devices[0]
+    whole, places = NamedSharding(mesh, P()), MetaState(*(NamedSharding(mesh, spec) for spec in specs))
+    arrays = jax.device_put(arrays, whole)
+
+    def spread(state, num_steps):
+        # What others see lies on one device: they would compute everything on each of them else.
+        return jax.device_put(compiled(arrays, jax.device_put(state, places), num_steps), first)
+
+    return spread
+
+
+def _shard(sample_tasks, state, options) -> Shard | None:
+    """Which tasks each device gets; None where there is one device.
+
+    Raises:
+        ValueError: when there are not so many devices, or the estimator's state cannot be spread evenly.
+    """
+    if options.devices == 1:
+        return None
+    count = num_tasks(jax.eval_shape(sample_tasks, state.key))
+    tasks_mesh(options.devices)
+    if options.devices > count:
+        raise ValueError(f"devices={options.devices} for the {count} tasks of a step; take fewer devices")
+    if count % options.devices and jax.tree.leaves(state.estimator_state):
+        raise ValueError(
+            f"an estimator with a state for each task needs a number of tasks that devices={options.devices} "
+            f"divides, got {count}"
+        )
+    return Shard(options.devices, count)
+
+
+def _draw(sample_tasks, key, shard):
+    """The tasks of a step, or those of this device."""
+    if shard is None:
+        return sample_tasks(key)
+    rows, _ = shard.rows()
+    if hasattr(sample_tasks, "rows"):
+        return sample_tasks.rows(key, rows)
+    return jax.tree.map(lambda leaf: leaf[rows], sample_tasks(key))
 
 
 def _seconds_before(run: Run) -> float:

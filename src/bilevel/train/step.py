@@ -8,6 +8,7 @@ import optax
 
 from bilevel.hypergrad.common import gradient_stats, largest_elements
 from bilevel.problem import EstimatorState, Hypergradient, Key, Learner, Meta, Scalar, Task
+from bilevel.sharding import Shard, sum_over_devices
 
 
 class MetaState(NamedTuple):
@@ -95,6 +96,7 @@ def mean_hypergradient(
     estimator_state: EstimatorState,
     key: Key,
     task_chunk: int = 1,
+    shard: Shard | None = None,
 ) -> tuple[Hypergradient, EstimatorState]:
     """The hypergradient averaged over a batch of tasks, `task_chunk` of them at a time.
 
@@ -105,43 +107,61 @@ def mean_hypergradient(
         estimator_state: leaves `[num_tasks, ...]`.
         task_chunk: how many tasks are computed side by side. On a CPU 1 keeps the working set in cache; an
             accelerator wants many. Memory grows with it, time per task falls where the device is idle.
+        shard: inside `jax.shard_map`, which tasks of the whole batch these are; see `bilevel.sharding`.
 
     Raises:
         ValueError: when `task_chunk` does not divide the number of tasks.
     """
     count = num_tasks(tasks)
     if task_chunk < 1 or count % task_chunk:
+        here = " on a device" if shard is not None else ""
         raise ValueError(
-            f"task_chunk must be at least 1 and divide the {count} tasks of a batch, got {task_chunk}"
+            f"task_chunk must be at least 1 and divide the {count} tasks of a batch{here}, got {task_chunk}"
         )
+    total_count, keys, counted = count, jax.random.split(key, count), None
+    if shard is not None:
+        rows, counted = shard.rows()
+        total_count, keys = shard.num_tasks, jax.random.split(key, shard.num_tasks)[rows]
 
     def one(task, state, key):
         return learner.estimator.estimate(learner.problem, learner.solver, meta, task, state, key)
 
     def body(total, chunk):
+        *chunk, weights = chunk
         if task_chunk == 1:
             h, state = one(*jax.tree.map(lambda leaf: leaf[0], chunk))
             h, state = jax.tree.map(lambda leaf: leaf[None], (h, state))
         else:
             h, state = jax.vmap(one)(*chunk)
-        total = jax.tree.map(lambda a, b: a + b.astype(a.dtype).sum(0), total, h.grad)
-        return total, (h.value, h.stats, state)
+        summed = jax.tree.map(lambda a, b: _sum(b.astype(a.dtype), weights), total, h.grad)
+        return jax.tree.map(jnp.add, total, summed), (h.value, h.stats, state)
 
-    per_task = (tasks, estimator_state, jax.random.split(key, count))
     chunks = jax.tree.map(
-        lambda leaf: leaf.reshape(count // task_chunk, task_chunk, *leaf.shape[1:]), per_task
+        lambda leaf: leaf.reshape(count // task_chunk, task_chunk, *leaf.shape[1:]),
+        (tasks, estimator_state, keys, counted),
     )
     # In float32 or wider: a long sum in bfloat16 stops growing.
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.promote_types(jnp.result_type(leaf), jnp.float32)), meta
     )
     total, (values, stats, states) = jax.lax.scan(body, zeros, chunks)
-    grad = jax.tree.map(lambda leaf, like: (leaf / count).astype(jnp.result_type(like)), total, meta)
     states = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), states)
-    value = values.mean()
+    if shard is None:
+        value, stats = jax.tree.map(jnp.mean, (values, stats))
+    else:
+        figures = jax.tree.map(lambda leaf: _sum(leaf.reshape(count), counted), (values, stats))
+        total, figures = sum_over_devices((total, figures))
+        value, stats = jax.tree.map(lambda leaf: leaf / total_count, figures)
+    grad = jax.tree.map(lambda leaf, like: (leaf / total_count).astype(jnp.result_type(like)), total, meta)
     # A mean is not finite if any of its parts is not: the compiler drops the passes over every part.
-    stats = {**jax.tree.map(jnp.mean, stats), **gradient_stats(value, grad)}
-    return Hypergradient(value, grad, stats), states
+    return Hypergradient(value, grad, {**stats, **gradient_stats(value, grad)}), states
+
+
+def _sum(rows: jax.Array, counted: jax.Array | None) -> jax.Array:
+    """The sum of the rows `[n, ...]` that count."""
+    if counted is not None:
+        rows = jnp.where(counted.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
+    return rows.sum(0)
 
 
 def meta_step(
@@ -151,6 +171,7 @@ def meta_step(
     tasks: Task,
     *,
     task_chunk: int = 1,
+    shard: Shard | None = None,
 ) -> tuple[MetaState, Metrics]:
     """One outer step on a batch of tasks.
 
@@ -158,7 +179,7 @@ def meta_step(
 
     Args:
         tasks: leaves `[num_tasks, n, ...]`.
-        task_chunk: see `mean_hypergradient`.
+        task_chunk, shard: see `mean_hypergradient`.
 
     Returns:
         The next state and what happened. Pure and traceable.
@@ -175,7 +196,7 @@ def meta_step(
     """
     key = jax.random.fold_in(state.key, state.step)
     h, estimator_state = mean_hypergradient(
-        learner, state.meta, tasks, state.estimator_state, key, task_chunk
+        learner, state.meta, tasks, state.estimator_state, key, task_chunk, shard
     )
     updates, opt_state = optimizer.update(h.grad, state.opt_state, state.meta)
     meta = optax.apply_updates(state.meta, updates)
