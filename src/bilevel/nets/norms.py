@@ -57,7 +57,7 @@ class SupportNorm:
 
         γ (y − mean) / √(variance + 1e-5) + β,   mean and variance over the first `num_support` examples
 
-    With tasks whose query batch begins with the support (`bilevel.tasks.with_support.WithSupport`), each
+    With tasks whose query batch begins with the support (`bilevel.tasks.with_support`), each
     query is normalized by the support alone: not transductive, and gradients flow through the statistics.
 
     Args:
@@ -83,7 +83,7 @@ class SupportNorm:
             raise ValueError(
                 f"SupportNorm({self.num_support}) got a batch of {y.shape[1]} examples, fewer than the "
                 "support: set num_support to ways * shots, and put the support in front of the queries "
-                "(bilevel.tasks.with_support.WithSupport)"
+                "(bilevel.tasks.with_support)"
             )
         return _standardized(y, y[:, : self.num_support], (0, 1, 2), scale, bias)
 
