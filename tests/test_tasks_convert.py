@@ -36,9 +36,9 @@ def save(path, array):
 def assert_holds(folder, classes=BY_SPLIT, shape=(8, 8, 3), named=True):
     """Every split has exactly the pictures of its classes, under their names."""
     opened = open_stored(folder, verify=True)
-    aliases = {"val": "validation"}
+    split_of = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
     for split, names in classes.items():
-        images, labels = load(folder, aliases.get(split, split))
+        images, labels = load(folder, split_of[split])
         assert len(images) == 3 * len(names)
         for label, name in zip(np.unique(labels), names, strict=True):
             assert not named or opened.names[label] == name
@@ -127,7 +127,7 @@ def test_splits_of_pictures_are_not_splits_of_classes(by_split, out):
 
 
 def test_folders_without_splits_say_what_to_do(by_class, out):
-    with pytest.raises(ValueError, match="which split the classes .*ant, bee, cat, dog, eel.*64/16/20"):
+    with pytest.raises(ValueError, match=r"which split the classes .*ant, bee, cat, dog, eel.*64/16/20"):
         convert(by_class, out)
 
 
@@ -175,10 +175,10 @@ def test_a_damaged_picture_is_named(by_split, out):
 def test_files_that_are_no_pictures(by_split, out):
     (by_split / "train" / "ant" / "notes.txt").write_text("mine")
     (by_split / "train" / "ant" / ".DS_Store").write_text("")
-    with pytest.warns(UserWarning, match="left out 1 files that are no pictures, as .*notes.txt"):
+    with pytest.warns(UserWarning, match=r"left out 1 files that are no pictures, as .*notes.txt"):
         convert(by_split, out)
     (by_split / "train" / "fly").mkdir()
-    with pytest.raises(ValueError, match="class folder .*fly has no pictures"), warnings.catch_warnings():
+    with pytest.raises(ValueError, match=r"class folder .*fly has no pictures"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         convert(by_split, out, replace=True)
 
@@ -215,7 +215,7 @@ def test_lists_of_pictures(tmp_path, out, place, lists):
     ):
         convert(root, tmp_path / "b", dataset="mini-imagenet", splits=None if lists == "beside" else where)
     (root / place / "dog1.png").unlink()
-    with pytest.raises(FileNotFoundError, match="test.csv names dog1.png of class dog, which is not in"):
+    with pytest.raises(FileNotFoundError, match=r"test.csv names dog1.png of class dog, which is not in"):
         convert(root, tmp_path / "b", splits=None if lists == "beside" else where)
 
 
@@ -328,7 +328,7 @@ class Evil:
 
 def test_a_malicious_pickle_is_refused(tmp_path, out, capsys):
     dump(tmp_path / "data" / "FC100_train.pickle", {"data": Evil(), "labels": [0]})
-    with pytest.raises(ValueError, match="FC100_train.pickle is not plain data: it asks for .*print"):
+    with pytest.raises(ValueError, match=r"FC100_train.pickle is not plain data: it asks for .*print"):
         convert(tmp_path / "data", out)
     assert "it ran" not in capsys.readouterr().out and not out.exists()
 
@@ -353,7 +353,7 @@ def test_tiered_imagenet(tmp_path, out, kind):
     convert(root, out, partial=True)
     assert_holds(out)
     (root / "val_labels.pkl").unlink()
-    with pytest.raises(FileNotFoundError, match="val_labels.pkl"):
+    with pytest.raises(FileNotFoundError, match=r"val_labels.pkl"):
         convert(root, tmp_path / "b", partial=True)
 
 
@@ -442,16 +442,25 @@ def test_arrays(tmp_path, out):
     assert_holds(out)
     pairs = {s: (stacked(names), np.repeat(names, 3)) for s, names in BY_SPLIT.items()}
     assert convert(pairs, tmp_path / "b").counts() == COUNTS
-    assert_holds(tmp_path / "b", named=False)
+    assert_holds(tmp_path / "b")
     np.savez(tmp_path / "c.npz", images=images, labels=labels)
     convert(tmp_path / "c.npz", tmp_path / "c", splits=BY_SPLIT)
     assert_holds(tmp_path / "c")
     each = {
         f"{s}_{w}": a for s, pair in pairs.items() for w, a in zip(("images", "labels"), pair, strict=True)
     }
-    np.savez(tmp_path / "d.npz", **each)
+    np.savez(tmp_path / "d.npz", **each)  # type: ignore[arg-type]
     convert(tmp_path / "d.npz", tmp_path / "d")
-    assert_holds(tmp_path / "d", named=False)
+    assert_holds(tmp_path / "d")
+
+
+def test_numbers_that_come_in_two_splits_are_refused(tmp_path, out):
+    """As in MNIST, where train and test have the same ten classes."""
+    parts = {"train": (stacked(NAMES), np.arange(15) // 3), "test": (stacked(NAMES), np.arange(15) // 3)}
+    with pytest.raises(ValueError, match="in more than one split: 0, 1, 2, 3, 4; .* anew, give them names"):
+        convert(parts, out)
+    splits = {"train": ["0", "1"], "test": ["2", "3", "4"]}
+    assert convert(parts, out, splits=splits).counts() == {"train": (2, 12), "test": (3, 18)}
 
 
 @pytest.mark.parametrize(
@@ -529,7 +538,7 @@ def test_hugging_face_library(tmp_path, out):
 
 def test_what_is_not_known_is_told(tmp_path, out):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="nothing in .*empty is known: expected folders of classes"):
+    with pytest.raises(FileNotFoundError, match=r"nothing in .*empty is known: expected folders of classes"):
         convert(tmp_path / "empty", out)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         convert(tmp_path / "nowhere", out)

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import pickletools
 
 import jax
 import numpy as np
@@ -11,7 +10,8 @@ import pytest
 
 from bilevel.tasks.pickles import read_pickle
 from bilevel.tasks.pictures import as_array, decode, fit_size, with_channels
-from bilevel.tasks.stored import Examples, load, open_stored, stored, write_stored
+from bilevel.tasks.stored import load, open_stored, stored
+from bilevel.tasks.storing import Examples, write_stored
 
 
 def example_set(shape=(6, 5, 3)):
@@ -54,7 +54,7 @@ def test_storing_twice_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_a_sampler_draws_from_one_split(folder):
-    images, labels = load(folder, "train")
+    images, _ = load(folder, "train")
     task = stored("train", 2, 1, 1, folder)(jax.random.key(0))
     assert task.support[0].shape == (2, 6, 5, 3)
     allowed = {picture.tobytes() for picture in images}
@@ -78,16 +78,25 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_progress_is_told(tmp_path):
+    told = []
+    write_stored(
+        tmp_path / "set", example_set()[0], on_progress=lambda done, total: told.append((done, total))
+    )
+    assert told == [(0, 11)]
+    assert "train: 2 classes, 5 pictures of 6 x 5 x 3\n" in open_stored(tmp_path / "set").summary()
+
+
 def test_an_existing_folder_is_replaced_only_when_asked_and_stored(folder, tmp_path):
     with pytest.raises(FileExistsError, match="take another folder"):
         write_stored(folder, example_set()[0])
     write_stored(folder, example_set((4, 4, 1))[0], replace=True)
     assert open_stored(folder).image_shape == (4, 4, 1)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError):
-        write_stored(tmp_path / "mine", example_set()[0], replace=True)
-    assert (tmp_path / "mine" / "thesis.tex").exists()
+        write_stored(folder, example_set()[0], replace=True)
+    assert (folder / "thesis.tex").exists()
 
 
 def cut(path):
@@ -145,7 +154,7 @@ def test_damage_is_told(folder, file, damage, message):
 def test_damage_within_pictures_is_found_when_asked(folder):
     flip(folder / "images.npy")
     open_stored(folder)
-    with pytest.raises(ValueError, match="images.npy is not what was stored"):
+    with pytest.raises(ValueError, match=r"images.npy is not what was stored"):
         open_stored(folder, verify=True)
 
 
@@ -202,7 +211,6 @@ def test_old_spellings_are_read(tmp_path):
         b"(K\x01K\x02\x85cnumpy\ndtype\nq\x03U\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff"
         b"J\xff\xff\xff\xffK\x00tb\x89U\x02\x01\xc8tb."
     )
-    pickletools.dis(python2, out=open(os.devnull, "w"))
     (tmp_path / "python2.pkl").write_bytes(python2)
     assert read_pickle(tmp_path / "python2.pkl").tolist() == [1, 200]
     np.testing.assert_array_equal(read_pickle(tmp_path / "numpy1.pkl")["data"], np.arange(200))
@@ -307,9 +315,9 @@ def test_pictures_are_decoded():
 
 def test_bad_pictures_are_told():
     content = png(np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8))
-    with pytest.raises(ValueError, match="bird.png is a damaged picture"):
+    with pytest.raises(ValueError, match=r"bird.png is a damaged picture"):
         decode(content[: len(content) // 2], "bird.png")
-    with pytest.raises(ValueError, match="bird.png is a damaged picture or none"):
+    with pytest.raises(ValueError, match=r"bird.png is a damaged picture or none"):
         decode(b"<html>not found</html>", "bird.png")
     with pytest.raises(ValueError, match="more than 8 bits a channel"):
         decode(png(np.zeros((4, 4), np.uint16)), "x-ray.png")

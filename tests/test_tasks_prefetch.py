@@ -1,7 +1,9 @@
 """Tasks made on the host: the same bits whether they were made ahead of time, resumed or not."""
 
+import re
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 
 import bilevel as bl
 from bilevel.tasks.prefetch import HostFewShot, HostTasks, hosted
-from bilevel.tasks.stored import Examples, write_stored
+from bilevel.tasks.storing import Examples, write_stored
 
 SHOTS, QUERIES = 2, 3
 
@@ -203,6 +205,13 @@ def test_changing_shapes_are_told():
 def test_wrong_numbers_are_told(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         HostTasks(few_shot(), **{name: value})
+
+
+def test_the_example_of_the_documentation_runs():
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[-1], names)
+    assert names["sample"](jax.random.key(0)).query[0].shape == (8, 10, 3)
 
 
 def test_evaluation_works(tmp_path):

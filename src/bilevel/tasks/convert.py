@@ -4,6 +4,7 @@ Nothing is fetched: what is converted lies on the disk already, or in memory.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +15,8 @@ from bilevel.tasks import benchmarks, cifar, folders
 from bilevel.tasks.found import ALIASES, Found, Splits, join, split
 from bilevel.tasks.hugging_face import from_disk, hugging_face, is_hugging_face
 from bilevel.tasks.pictures import Fit, as_array, check_layout, fit_size, with_channels
-from bilevel.tasks.stored import Examples, Stored, write_stored
+from bilevel.tasks.stored import Stored
+from bilevel.tasks.storing import Examples, write_stored
 
 Dataset = Literal["auto", "mini-imagenet", "tiered-imagenet", "cifar-fs", "fc100", "cub", "other"]
 
@@ -47,6 +49,7 @@ def convert(
     label: str | None = None,
     partial: bool = False,
     replace: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Stored:
     """Store pictures of any common form in a folder that `stored`, `load` and `HostFewShot` read.
 
@@ -67,6 +70,7 @@ def convert(
         label: the column of labels of a Hugging Face data set that has several.
         partial: take a benchmark that is not complete.
         replace: put it in place of a stored set that is already there.
+        on_progress: called now and then with the numbers of pictures stored and in all.
 
     Returns:
         The stored set, opened.
@@ -92,7 +96,7 @@ def convert(
     examples = _fitted(found, layout)
     if not partial:
         benchmarks.check_size(kind, _counts(examples))
-    return write_stored(folder, examples, replace)
+    return write_stored(folder, examples, replace, on_progress)
 
 
 def find(
@@ -109,7 +113,7 @@ def find(
         unknown = [key for key in source if key not in ALIASES]
         if unknown or not source:
             raise ValueError(f"a split must be one of {', '.join(sorted(ALIASES))}, got {unknown}")
-        pairs = {ALIASES[k]: _arrays(v[0], v[1], f"{ALIASES[k]}/") for k, v in source.items()}
+        pairs = {ALIASES[k]: _arrays(v[0], v[1]) for k, v in source.items()}
         return _named(dataset), join(pairs, "arrays")
     if isinstance(source, tuple | list):
         return _named(dataset), _arrays(*source)
@@ -169,11 +173,11 @@ def _npz(path: Path) -> Found:
         arrays = benchmarks.read_npz(path, ("images", "labels"))
         return _arrays(arrays["images"], arrays["labels"])
     arrays = benchmarks.read_npz(path, [f"{k}_{w}" for k in parts.values() for w in ("images", "labels")])
-    pairs = {s: _arrays(arrays[f"{k}_images"], arrays[f"{k}_labels"], f"{s}/") for s, k in parts.items()}
+    pairs = {s: _arrays(arrays[f"{k}_images"], arrays[f"{k}_labels"]) for s, k in parts.items()}
     return join(pairs, str(path))
 
 
-def _arrays(images: Any, labels: Any, prefix: str = "") -> Found:
+def _arrays(images: Any, labels: Any) -> Found:
     images, labels = np.asarray(images), np.asarray(labels)
     if (
         labels.ndim != 1
@@ -186,7 +190,7 @@ def _arrays(images: Any, labels: Any, prefix: str = "") -> Found:
             f"{list(images.shape)} and {labels.dtype} {list(labels.shape)}"
         )
     values, places = np.unique(labels, return_inverse=True)
-    names = [f"{prefix}{value}" for value in values.tolist()]
+    names = [str(value) for value in values.tolist()]
     return Found(places, names, [None] * len(names), lambda i: images[i], "arrays")
 
 

@@ -136,7 +136,8 @@ def split(found: Found, splits: Splits | None) -> Found:
         double = sorted({name for name in found.names if list(found.names).count(name) > 1})
         raise ValueError(
             f"classes of {found.source} are in more than one split: {_listed(double)}; few-shot learning is "
-            "tested on unseen classes, so pass splits (--splits) by class"
+            "tested on unseen classes, so pass splits (--splits) by class; if each split numbers its classes "
+            "anew, give them names that differ"
         )
     return found
 
@@ -192,7 +193,8 @@ def _drawn(numbers: str, names: Sequence[str]) -> dict[str, list[str]]:
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(names))
     parts = np.split(order, np.cumsum(counts))[:3]
     return {
-        name: [str(names[i]) for i in np.sort(part).tolist()] for name, part in zip(SPLITS, parts, strict=True)
+        name: [str(names[i]) for i in np.sort(part).tolist()]
+        for name, part in zip(SPLITS, parts, strict=True)
     }
 
 

@@ -91,18 +91,19 @@ class HostFewShot:
 
     def __call__(self, rng: np.random.Generator) -> Task:
         """Draw a task: (x uint8 [ways * n, H, W, C], y int32 [ways * n]) twice."""
-        support, query = [], []
-        for drawn in rng.choice(self.num_classes, self.ways, replace=False):
-            turns, c = divmod(int(drawn), len(self.counts))
-            places = rng.choice(self.counts[c], self.shots + self.queries, replace=False)
-            examples = np.rot90(self.images[self.starts[c] + places], turns, axes=(1, 2))
-            support.append(examples[: self.shots])
-            query.append(examples[self.shots :])
-        return Task(*((np.concatenate(x), _labels(self.ways, len(x[0]))) for x in (support, query)))
+        turns, classes = np.divmod(rng.choice(self.num_classes, self.ways, replace=False), len(self.counts))
+        total = self.shots + self.queries
+        places = [self.starts[c] + rng.choice(self.counts[c], total, replace=False) for c in classes]
+        support, query = np.split(np.stack(places), [self.shots], axis=1)
+        return Task(self._examples(support, turns), self._examples(query, turns))
 
-
-def _labels(ways: int, each: int) -> np.ndarray:
-    return np.repeat(np.arange(ways, dtype=np.int32), each)
+    def _examples(self, places: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures [ways * n, H, W, C] at places [ways, n], and their labels."""
+        images = np.asarray(self.images)[places]  # gathered once: a copy of it takes as long
+        for way in np.flatnonzero(turns):
+            images[way] = np.rot90(images[way], turns[way], axes=(1, 2))
+        labels = np.repeat(np.arange(len(places), dtype=np.int32), places.shape[1])
+        return images.reshape(-1, *images.shape[2:]), labels
 
 
 @dataclass(frozen=True, eq=False)
