@@ -43,7 +43,7 @@ bench-plan: .venv/.installed ## the memory planner's predictions against what is
 	$(BIN)/python bench/plan_grid.py
 
 omniglot: .venv/.installed ## MAML on Omniglot, from training to test accuracy
-	$(BIN)/bilevel train maml-omniglot --folder runs/omniglot
+	$(BIN)/bilevel train maml-omniglot --folder runs/omniglot --loop.devices 2
 	$(BIN)/bilevel eval runs/omniglot
 
 lock: ## rewrite requirements.lock from pyproject.toml (UPGRADE=--upgrade moves every pin)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
 import bilevel as bl
@@ -25,6 +26,7 @@ from bilevel.recipes.run import (
     stopped_early,
     train_recipe,
 )
+from bilevel.sharding import make_devices
 from bilevel.train.early_stopping import Validation
 
 _USAGE = """\
@@ -311,6 +313,10 @@ def _demo(words: list[str]) -> int:
     name = "maml-glyphs"
     resume = (folder / "config.json").exists()
     recipe = saved_recipe(folder) if resume else RECIPES[name]()
+    if not resume:  # two devices of a CPU use its cores better; where there is one GPU, that one
+        make_devices(2)
+        loop = dataclasses.replace(recipe.loop, devices=min(2, jax.device_count()))
+        recipe = dataclasses.replace(recipe, loop=loop)
     state = train_recipe(name, recipe, folder, resume, f"bilevel train {name} --folder {folder}")
     if int(state.step) < recipe.num_meta_steps:
         print("stopped, checkpoint saved; the same command goes on from here")
