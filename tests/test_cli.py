@@ -146,8 +146,9 @@ def test_check_and_advise_answer_in_words(capsys, tmp_path, monkeypatch):
     assert out.splitlines()[-1] == "Trust it." and "finite differences" in out
     page = tmp_path / "advice.html"
     assert main(["advise", RECIPE, "--memory", "4GiB", "--out", str(page)]) == 0
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
     assert "Take " in out and "FirstOrder" in out and str(page) in out
+    assert "1  Mixed: " in said and "2  FirstOrder: " in said  # while they wait
     assert "<svg" in page.read_text()
     assert 'like "8GiB"' in fails(capsys, "advise", RECIPE, "--memory", "much")
     assert "no recipe" in fails(capsys, "check", "maml-glyph")

@@ -215,6 +215,19 @@ def test_bome_tells_when_the_inner_steps_climb(x64):
     assert [s for s in Bome(0.1).doubts(floats(h.stats)) if "climb" in s or "lower the inner loss" in s] == []
 
 
+def test_bome_may_rest_in_training():
+    """Below its constraint the direction of a leaf that acts through the inner loop alone is exactly 0."""
+    problem = bl.Problem(
+        init=lambda meta, key: jnp.float32(1.0),
+        inner_loss=lambda params, meta, batch, key: 0.5 * (params - meta) ** 2,
+        outer_loss=lambda params, meta, batch, key: 5.0 * params + 0.0 * meta,
+    )
+    learner = bl.Learner(problem, bl.inner.Gradient(optax.sgd(0.5), 3), Bome(1e-3))
+    optimizer, sample = optax.sgd(0.1), lambda key: bl.Task(jnp.zeros(1), jnp.zeros(1))
+    state = bl.init_state(learner, optimizer, sample, jax.random.key(0), jnp.float32(0.0))
+    assert int(bl.train(learner, optimizer, sample, state, 3).step) == 3
+
+
 def test_bome_at_the_inner_solution_is_the_direct_gradient(x64):
     """q and its gradient are 0 there, and 0/0 must not become NaN."""
     reference = quadratic()

@@ -265,7 +265,15 @@ def _advise(words: list[str]) -> int:
     name, out = flags.pop("recipe"), flags.pop("out")
     if out is not None:  # before the minutes of measuring, not after
         out.parent.mkdir(parents=True, exist_ok=True)
-    advice = run_advise(find_recipe(name)().build(), **flags)
+    tried = []
+
+    def say(trial):
+        tried.append(trial)
+        took = trial.failure or f"{1e3 * trial.seconds:.3g} ms"
+        print(f"{len(tried):3}  {trial.name}: {took}", file=sys.stderr, flush=True)
+
+    print("measuring every estimator that applies; this takes minutes", file=sys.stderr, flush=True)
+    advice = run_advise(find_recipe(name)().build(), **flags, on_trial=say)
     print(advice)
     if out is not None:
         from bilevel.report.advice import write_advice  # matplotlib takes a second to import

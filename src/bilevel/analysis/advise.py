@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -96,6 +96,7 @@ def advise(
     task_chunk: int = 1,
     num_tasks: int = 2,
     repeats: int = 16,
+    on_trial: Callable[[Trial], None] | None = None,
 ) -> Advice:
     """Run every estimator that applies on your own problem, and recommend one.
 
@@ -113,6 +114,7 @@ def advise(
         task_chunk: as in `bl.Options`.
         num_tasks: how many of the tasks the errors are measured on.
         repeats: calls of a random estimator.
+        on_trial: called with each `Trial` as it ends, for those who wait.
 
     Raises:
         ValueError: when `memory` cannot be read, or the problem itself cannot run.
@@ -158,10 +160,13 @@ def advise(
                 ) from error
         if not math.isfinite(ref.value):
             raise ValueError(f"the outer loss itself is {ref.value} here: there is nothing to compare")
-        trials = [
-            _try(name, estimator, problem, solver, meta, tasks, some, key, ref, wide, repeats, task_chunk)
-            for name, estimator in estimators.items()
-        ]
+        trials = []
+        for name, estimator in estimators.items():
+            trials.append(
+                _try(name, estimator, problem, solver, meta, tasks, some, key, ref, wide, repeats, task_chunk)
+            )
+            if on_trial is not None:
+                on_trial(trials[-1])
     trials.sort(key=lambda t: (bool(t.failure), not t.error <= GOOD_ERROR, t.seconds if t.error <= GOOD_ERROR
                                else t.error if math.isfinite(t.error) else math.inf))  # fmt: skip
     recommended, reason = _recommend(trials, budget, seconds)

@@ -1,10 +1,11 @@
 """`bilevel check RECIPE` and `bilevel advise RECIPE`: the same questions, asked of a recipe's experiment."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from bilevel.analysis.advise import Advice, advise
+from bilevel.analysis.advise import Advice, Trial, advise
 from bilevel.analysis.check import check
 from bilevel.analysis.check_report import CheckReport
 from bilevel.problem import Key, Learner, Meta, Task
@@ -38,12 +39,13 @@ def run_advise(
     num_tasks: int = 2,
     repeats: int = 16,
     task_chunk: int = 1,
+    on_trial: Callable[[Trial], None] | None = None,
 ) -> Advice:
     """Compare the estimators on a recipe's problem, where its training starts.
 
     Args:
         experiment: what a recipe's `build()` returns.
-        memory, seconds: the budgets; see `bl.advise`.
+        memory, seconds, on_trial: see `bl.advise`.
 
     Raises:
         ValueError: when the learner has no `init_meta`, or `memory` cannot be read.
@@ -52,6 +54,7 @@ def run_advise(
     return advise(
         learner.problem, learner.solver, meta, tasks, key,
         memory=memory, seconds=seconds, num_tasks=num_tasks, repeats=repeats, task_chunk=task_chunk,
+        on_trial=on_trial,
     )  # fmt: skip
 
 

@@ -133,6 +133,7 @@ def train(
         stop_asked = stack.enter_context(_signals())
         chunk = _compile(learner, optimizer, sample_tasks, state, options)
         doubter = Doubter(learner.estimator)
+        allowed = options.zero_leaves == "allow" or getattr(learner.estimator, "rests", False)
         saved = int(state.step)
         begin = time.perf_counter() - (_seconds_before(run) if run else 0.0)
         while int(state.step) < num_meta_steps and not stop_asked():
@@ -140,7 +141,7 @@ def train(
             state, log, finite = chunk(state, min(options.chunk_size, num_meta_steps - first))
             done = int(state.step)
             problem = (
-                _complain_zero(state, log, done - first, options)
+                _complain_zero(state, log, done - first, allowed)
                 if finite
                 else _complain_not_finite(state, log, done - first)
             )
@@ -281,10 +282,10 @@ def _complain_not_finite(state: MetaState, log: Metrics, count: int) -> str:
     )
 
 
-def _complain_zero(state: MetaState, log: Metrics, count: int, options: Options) -> str | None:
+def _complain_zero(state: MetaState, log: Metrics, count: int, allowed: bool) -> str | None:
     """Which leaf got nothing at every one of the last `count` steps, if any did."""
     nonzero = np.any(np.asarray(log.nonzero)[:count], axis=0)
-    if options.zero_leaves == "allow" or nonzero.all():
+    if allowed or nonzero.all():
         return None
     bad = [n for n, ok in zip(_leaf_names(state), nonzero, strict=True) if not ok]
     return (

@@ -65,6 +65,7 @@ class Bome:
     barrier: float = 0.5
     tolerance: float = 0.1
     settles: ClassVar[bool] = True  # right once its own inner parameters have settled
+    rests: ClassVar[bool] = True  # where the constraint holds, a direction of exactly zero is its answer
 
     def __post_init__(self):
         require_positive(self, rate=self.rate, barrier=self.barrier, tolerance=self.tolerance)
