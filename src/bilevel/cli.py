@@ -267,12 +267,11 @@ def _advise(words: list[str]) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
     tried = []
 
-    def say(trial):
+    def say(trial):  # all of them take minutes
         tried.append(trial)
         took = trial.failure or f"{1e3 * trial.seconds:.3g} ms"
         print(f"{len(tried):3}  {trial.name}: {took}", file=sys.stderr, flush=True)
 
-    print("measuring every estimator that applies; this takes minutes", file=sys.stderr, flush=True)
     advice = run_advise(find_recipe(name)().build(), **flags, on_trial=say)
     print(advice)
     if out is not None:
