@@ -114,7 +114,8 @@ def test_a_bounded_support_is_as_long_as_its_bound():
 
 def padded_and_plain(padding):
     """One task with padding and the same task without."""
-    task = VaryingFewShot(coded([12] * 9, queries=2), (3, 5), UnequalShots(1, 4), padding)(KEY)
+    sample = VaryingFewShot(coded([12] * 9, queries=2), (3, 5), UnequalShots(1, 4), padding)
+    task = jax.jit(sample)(KEY)
     (x, y), (qx, qy) = task
     assert (y < 0).any() and (qy < 0).any()
     plain = bl.Task((x[y >= 0], y[y >= 0]), (qx[qy >= 0], qy[qy >= 0]))
@@ -126,11 +127,10 @@ def test_padding_changes_no_loss_accuracy_or_hypergradient(x64, padding):
     net = bl.nets.mlp([2, 6, 5], jnp.tanh)
     learner = bl.maml(net, cross_entropy, num_steps=3, rates=0.1)
     meta = learner.init_meta(KEY)
-    results = [
-        bl.hypergradient(learner.problem, learner.solver, learner.estimator, meta, task, KEY)
-        for task in padded_and_plain(padding)
-    ]
-    (padded, plain) = results
+    estimate = jax.jit(
+        lambda task: bl.hypergradient(learner.problem, learner.solver, learner.estimator, meta, task, KEY)
+    )
+    padded, plain = (estimate(task) for task in padded_and_plain(padding))
     assert_trees_close(padded.grad, plain.grad, rtol=1e-9)
     for name in ("query_loss", "query_accuracy", "support_loss", "support_accuracy"):
         np.testing.assert_allclose(padded.stats[name], plain.stats[name], rtol=1e-10, err_msg=name)
@@ -167,7 +167,7 @@ def test_rotated_classes_are_turned_whole():
     images[:, 1:, :] |= 16
     images[:, :, 1:] |= 16
     data = bl.tasks.FewShot(images, np.arange(12) // 3, ways=2, shots=1, queries=1, rotations=True)
-    task = VaryingFewShot(data, (16, 16), EqualShots(2, 2))(KEY)
+    task = jax.jit(VaryingFewShot(data, (16, 16), EqualShots(2, 2)))(KEY)
     seen = set()
     for label in range(16):
         parts = [part[0][part[1] == label] for part in (task.support, task.query)]

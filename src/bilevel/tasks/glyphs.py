@@ -5,6 +5,7 @@ it. All drawings are made on the device while the task is sampled.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from jax.tree_util import register_static
 
 from bilevel.problem import Key, Task
+from bilevel.tasks import handwriting
 from bilevel.tasks.sampling import choose, classification
 
 # Class numbers of each split: first, and one past the last.
@@ -131,6 +133,10 @@ def glyph(class_id: int | jax.Array, key: Key, size: int = 28) -> jax.Array:
     return jnp.clip(2 * density - 0.5, 0.0, 1.0)[..., None].astype(jnp.float32)
 
 
+# Who draws: `(class_id, key, size) -> [size, size, 1]`.
+STYLES = {"strokes": glyph, "handwriting": handwriting.drawing}
+
+
 @register_static
 @dataclass(frozen=True)
 class Glyphs:
@@ -142,9 +148,12 @@ class Glyphs:
         queries: query examples of each class.
         split: "train" (10 000 classes), "validation" or "test" (1 000 each); no class is in two.
         size: height and width of the pictures in pixels.
+        style: "strokes", as `glyph` draws: quick, angular characters; or "handwriting", rounder ones drawn by
+            an unsteady hand (`bilevel.tasks.handwriting`), which take three times as long and prepare a
+            learner for real characters: docs/glyphs.md.
 
     Raises:
-        ValueError: for an unknown split, or a number that is too small or too large.
+        ValueError: for an unknown split or style, or a number that is too small or too large.
 
     >>> task = jax.jit(Glyphs(ways=5, shots=1, queries=2))(jax.random.key(0))
     >>> task.support[0].shape, task.query[1].tolist()
@@ -156,10 +165,12 @@ class Glyphs:
     queries: int = 1
     split: str = "train"
     size: int = 28
+    style: Literal["strokes", "handwriting"] = "strokes"
 
     def __post_init__(self):
-        if self.split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        for name, known in (("split", SPLITS), ("style", STYLES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("size", 8)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -179,5 +190,5 @@ class Glyphs:
         class_key, example_key = jax.random.split(key)
         classes = SPLITS[self.split][0] + choose(class_key, self.num_classes, self.ways)
         keys = jax.random.split(example_key, (self.ways, self.shots + self.queries))
-        draw = jax.vmap(jax.vmap(lambda c, k: glyph(c, k, self.size), (None, 0)))
+        draw = jax.vmap(jax.vmap(lambda c, k: STYLES[self.style](c, k, self.size), (None, 0)))
         return classification(draw(classes, keys), self.shots)

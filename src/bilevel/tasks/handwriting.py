@@ -37,10 +37,10 @@ _REPEATS, _ATTACHED, _ATTACHED_REPEATS = 0.18, 0.6, 0.1
 _SIZES = (0.4, 0.76)  # half the longer side of a character, where half the page is 1
 
 # What the hand adds: standard deviations.
-_LENGTH, _TURN, _BEND, _CORNER, _HEADING = 0.13, 0.08, 0.08, 0.1, 0.06
-_JOINT, _OFFSET, _GAP = 0.05, 0.06, 0.02
-_ROTATION, _SHEAR, _STRETCH, _SHIFT, _WAVE = 0.07, 0.08, 0.1, 0.09, 0.04
-_PEN, _PENS = 0.044, 0.12  # of the blur, and of its logarithm between drawings
+_LENGTH, _TURN, _BEND, _CORNER, _HEADING = 0.15, 0.1, 0.1, 0.12, 0.08
+_JOINT, _OFFSET, _GAP = 0.06, 0.08, 0.025
+_ROTATION, _SHEAR, _STRETCH, _SHIFT, _WAVE = 0.1, 0.12, 0.14, 0.11, 0.05
+_PEN, _PENS = 0.044, 0.22  # of the blur, and of its logarithm between drawings
 
 _UP_TO = np.tril(np.ones((K, K), np.float32))  # sums over this segment and those before it
 _BEFORE = _UP_TO - np.eye(K, dtype=np.float32)
@@ -116,7 +116,7 @@ def program(class_id: int | jax.Array) -> Program:
     offset = offset * (~attached & _LATER)[:, None]
 
     whole = Program(length, turn, corner, heading, joint, at, offset, jnp.float32(1))
-    dots, _ = _trace(whole, _OUTLINE)
+    dots, _ = trace(whole, _OUTLINE)
     extent = jnp.maximum(jnp.max(dots.max(0) - dots.min(0)), 0.25)  # a mere dot stays small
     return whole._replace(scale=2 * (_SIZES[0] + (_SIZES[1] - _SIZES[0]) * size) / extent)
 
@@ -147,7 +147,7 @@ def drawing(class_id: int | jax.Array, key: Key, size: int = 28) -> jax.Array:
         at=jnp.clip(character.at + _JOINT * of_stroke[1], 0, 1),
         offset=character.offset + spread,
     )
-    dots, path = _trace(shaken, _DOTS)
+    dots, path = trace(shaken, _DOTS)
     dots = (dots - (dots.max(0) + dots.min(0)) / 2) * character.scale
     dots = _misplace(dots, rest[:18])
     pen = _PEN * jnp.exp(_PENS * rest[18])
@@ -170,7 +170,7 @@ def _misplace(dots: jax.Array, z: jax.Array) -> jax.Array:
     return dots + _WAVE * (slow + fast) + _SHIFT * z[4:6]
 
 
-def _trace(character: Program, count: int) -> tuple[jax.Array, jax.Array]:
+def trace(character: Program, count: int) -> tuple[jax.Array, jax.Array]:
     """Dots [count, 2] at even distances along all strokes, and the length of the whole path."""
     length, turn = character.length, character.turn
     heading = character.heading[:, None] + character.corner @ _UP_TO.T + turn @ _BEFORE.T
