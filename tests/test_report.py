@@ -98,6 +98,30 @@ def make_run(folder, classification=True, points=20):
     return folder
 
 
+def protocol_figures():
+    diagram = {"count": [0, 3, 9], "confidence": [None, 0.5, 0.9], "accuracy": [None, 0.4, 1.0]}
+    return {
+        "shots": {
+            size: {"query_accuracy": curve([0.2, end]), "query_loss": curve([1.6, 1 - end])}
+            for size, end in (("10", 0.97), ("1", 0.8), ("5", 0.95))
+        },
+        "calibration": {
+            "num_bins": 3, "num_examples": 12, "ece": [0.3, 0.1], "before": diagram, "after": diagram,
+        },
+        "unseen": "unseen classes: <b>none</b> shared",
+        "batch_statistics": "inductive: no answer depends on the others",
+        "gaps": {"seen minus unseen accuracy": {"mean": 0.05, "ci95": 0.01}},
+        "specialization": {
+            "num_steps": 1,
+            "query_loss": curve([1.6, 0.4, 0.5]),
+            "support_loss": curve([1.6, 0.2, 0.1]),
+            "moved": {"block_0": curve([0.0, 0.1, 0.2]), EVIL: curve([0.0, 0.3, 0.4])},
+            "reading": "one step brings 96 % of the gain of 5",
+        },
+        "notes": ["all 600 tasks are wholly right"],
+    }  # fmt: skip
+
+
 class Page(HTMLParser):
     """Checks that tags nest, and keeps attributes and text."""
 
@@ -244,6 +268,31 @@ def test_values_that_are_not_finite(tmp_path):
     page = assert_self_contained(write_report([run]).read_text(encoding="utf-8"))
     assert "4 values not finite, left out" in page.text
     assert "NaN" in page.text
+
+
+def test_protocol_sections(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(json.dumps(evaluation() | protocol_figures()))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 21, "query_loss": 1.0, "validation_loss": 0.7}) + "\n")
+    page = assert_self_contained(write_report([run]).read_text(encoding="utf-8"))
+    for text in ("expected calibration error 10.0 % after adaptation, 30.0 % before; 3 bins, 12 answers",
+                 "seen minus unseen accuracy: +5.00 ± 1.00 points", "96 % of the gain", "wholly right",
+                 "<b>none</b> shared", "query, validation classes", "1 block_0, 2 <script>"):  # fmt: skip
+        assert text in page.text, text
+    labels = " ".join(value for _, name, value in page.attributes if name == "aria-label")
+    assert "80.0 ± 0.4 % with 1, 95.0 ± 0.4 % with 5, 97.0 ± 0.4 % with 10" in labels
+    other = make_run(tmp_path / "other")
+    (other / "evaluation.json").write_text(json.dumps(evaluation() | protocol_figures()))
+    page = assert_self_contained(write_report([run, other]).read_text(encoding="utf-8"))
+    assert page.text.count("96 % of the gain") == 2
+
+
+@pytest.mark.parametrize("junk", [3, "x", [1, 2], {"before": 1, "after": {"confidence": 2}}, None])
+def test_protocol_figures_that_make_no_sense(tmp_path, junk):
+    run = make_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(json.dumps(evaluation() | dict.fromkeys(protocol_figures(), junk)))
+    assert_self_contained(write_report([run]).read_text(encoding="utf-8"))
 
 
 def test_shapes_that_do_not_fit(tmp_path):

@@ -24,26 +24,29 @@ def end_of(curve: Curve | None, name: str, place: int = -1) -> str:
     return "—" if curve is None else measure(name, curve.mean[place], curve.half[place])
 
 
-def _ink(place: int) -> str:
+def series(place: int) -> str:
+    """The colour of the run at that place."""
     return SERIES[place % len(SERIES)]
 
 
 def key(place: int) -> str:
     """The numbered mark by which a run is recognised all over a comparison."""
-    return f'<i class="key" style="background:var(--{_ink(place)})">{place + 1}</i>'
+    return f'<i class="key" style="background:var(--{series(place)})">{place + 1}</i>'
 
 
-def _legend(entries: Sequence[tuple[Line, str]]) -> str:
+def legend(entries: Sequence[tuple[Line, str]]) -> str:
+    """Keys of lines, in HTML."""
     items = "".join(f"<li>{swatch(line)}{escape(text)}</li>" for line, text in entries)
     return f'<ul class="legend">{items}</ul>'
 
 
 def _run_legend(runs: Sequence[Run], styles: Sequence[tuple[Line, str]]) -> str:
     items = "".join(f"<li>{key(place)}{escape(run.name)}</li>" for place, run in enumerate(runs))
-    return f'<ul class="legend">{items}</ul>' + _legend(styles)
+    return f'<ul class="legend">{items}</ul>' + legend(styles)
 
 
-def _panel(name: str, lines: Sequence[Line], frame: Frame, note: str = "") -> str:
+def panel(name: str, lines: Sequence[Line], frame: Frame, note: str = "") -> str:
+    """One plot under its title."""
     bad = sum(int((~np.isfinite(line.y)).sum()) for line in lines)
     if bad:
         note += f" {bad} value{'s' if bad > 1 else ''} not finite, left out."
@@ -71,10 +74,10 @@ def adaptation(runs: Sequence[Run]) -> str:
         for place, run in enumerate(runs):
             tag = str(place + 1) if len(runs) > 1 else ""
             if name in run.scratch:
-                ink = _ink(place) if tag else "muted"
+                ink = series(place) if tag else "muted"
                 lines.append(_against_steps(run.scratch[name], ink, "dashed", "s", ""))
             if name in run.curves:
-                lines.append(_against_steps(run.curves[name], _ink(place), "solid", "o", tag))
+                lines.append(_against_steps(run.curves[name], series(place), "solid", "o", tag))
         found = {chance(run, name) for run in runs}
         found = {level for level in found if np.isfinite(level)}
         level = found.pop() if len(found) == 1 else None  # several protocols have several chances
@@ -86,7 +89,7 @@ def adaptation(runs: Sequence[Run]) -> str:
         )  # fmt: skip
         label = f"{figure_name(name)} against adaptation steps. {spoken}"
         frame = Frame(label, "adaptation step", percent=is_percent(name), level=level)
-        panels.append(_panel(name, lines, frame))
+        panels.append(panel(name, lines, frame))
     if not panels:
         return ""
     empty = np.zeros(0)
@@ -96,8 +99,8 @@ def adaptation(runs: Sequence[Run]) -> str:
         styles.append((Line(empty, empty, ink="muted", dash="dashed", marker="s"), "from scratch"))
     if any(level is not None for level in levels):
         styles.append((Line(empty, empty, ink="muted", dash="dotted", width=1.1), "chance"))
-    legend = _legend(styles) if alone else _run_legend(runs, styles)
-    return f'{legend}<div class="panels">{"".join(panels)}</div>'
+    keys = legend(styles) if alone else _run_legend(runs, styles)
+    return f'{keys}<div class="panels">{"".join(panels)}</div>'
 
 
 def _against_steps(curve: Curve, ink: str, dash: str, marker: str, tag: str) -> Line:
@@ -108,25 +111,29 @@ def _against_steps(curve: Curve, ink: str, dash: str, marker: str, tag: str) -> 
 
 def training(runs: Sequence[Run]) -> str:
     """Support and query figures against outer steps."""
-    sides = ("support_", "query_")
+    sides = ("support_", "query_", "validation_")
     bases = _ordered(
         column.removeprefix(side)
         for run in runs for column in run.metrics for side in sides
         if column.startswith(side) and not column.endswith("_ci95")
     )  # fmt: skip
-    panels, supports = [], False
+    panels, supports, validated = [], False, False
     for base in bases[:MAX_PANELS]:
         lines = []
         for place, run in enumerate(runs):
             tag = str(place + 1) if len(runs) > 1 else ""
-            ink = _ink(place) if tag else "muted"
+            ink = series(place) if tag else "muted"
             found = _against_outer(run, f"support_{base}", ink, "dashed", "")
             supports = supports or bool(found)
-            lines += found + _against_outer(run, f"query_{base}", _ink(place), "solid", tag)
+            lines += found + _against_outer(run, f"query_{base}", series(place), "solid", tag)
+            ink = series(place) if tag else "ink"
+            found = _against_outer(run, f"validation_{base}", ink, "dotted", "")
+            validated = validated or bool(found)
+            lines += found
         longest = max((len(line.y) for line in lines), default=0)
         note = f"{count(longest)} points, drawn as means of neighbours." if longest > MAX_POINTS else ""
         label = f"{figure_name(base)} against outer steps, {' and '.join(run.name for run in runs)}"
-        panels.append(_panel(base, lines, Frame(label, "outer step", is_percent(base)), note))
+        panels.append(panel(base, lines, Frame(label, "outer step", is_percent(base)), note))
     if not panels:
         return ""
     empty = np.zeros(0)
@@ -134,13 +141,20 @@ def training(runs: Sequence[Run]) -> str:
     styles = [(Line(empty, empty, ink="s0" if alone else "muted"), "query, after adaptation")]
     if supports:
         styles.append((Line(empty, empty, ink="muted", dash="dashed", width=1.3), "support"))
-    legend = _legend(styles) if alone else _run_legend(runs, styles)
-    return f'{legend}<div class="panels">{"".join(panels)}</div>'
+    if validated:
+        ink = "ink" if alone else "muted"
+        styles.append((Line(empty, empty, ink=ink, dash="dotted", width=1.3), "query, validation classes"))
+    keys = legend(styles) if alone else _run_legend(runs, styles)
+    return f'{keys}<div class="panels">{"".join(panels)}</div>'
 
 
 def _against_outer(run: Run, name: str, ink: str, dash: str, tag: str) -> list[Line]:
     if name not in run.metrics:
         return []
     width = 1.8 if dash == "solid" else 1.3
-    half, steps = run.metrics.get(f"{name}_ci95"), run.metrics["step"]
-    return [Line(steps, run.metrics[name], half, ink=ink, dash=dash, width=width, tag=tag)]
+    here = slice(None)
+    if dash == "dotted":  # measured now and then: the rows between have none, and leave no gap
+        here = np.isfinite(run.metrics[name])
+    half = run.metrics.get(f"{name}_ci95")
+    half, steps = None if half is None else half[here], run.metrics["step"][here]
+    return [Line(steps, run.metrics[name][here], half, ink=ink, dash=dash, width=width, tag=tag)]

@@ -11,6 +11,7 @@ import numpy as np
 from bilevel.report.curves import adaptation, chance, end_of, key, training
 from bilevel.report.numbers import count, duration, figure_name, measure
 from bilevel.report.pictures import examples
+from bilevel.report.protocol import calibration, overfitting, shots
 from bilevel.report.runs import Curve, Run, number
 from bilevel.report.style import CSS
 
@@ -26,6 +27,11 @@ def render(runs: Sequence[Run]) -> str:
         _section("Result", _result(runs), _intervals(runs)),
         _section("Adaptation", adaptation(runs), "Query figures on unseen tasks after each "
                  "adaptation step, with 95 % confidence intervals over tasks."),
+        _section("Shots", shots(runs), "The same learner with other numbers of support examples a class."),
+        _section("Calibration", calibration(runs), "Whether an answer given with 80 % confidence is "
+                 "right in 80 % of the cases, over all query examples."),
+        _section("Meta-overfitting", overfitting(runs), "How much worse unseen classes are than seen "
+                 "ones, and whether the start is made for a few steps only."),
         _section("Meta-training", training(runs), "Means over each logged stretch of outer "
                  "steps; bands are 95 % confidence intervals."),
         _section("Example tasks", _examples(runs), ""),

@@ -93,7 +93,7 @@ def _read(folder: Path, name: str) -> Run:
     config = _read_json(folder / "config.json", notes, "bilevel train RECIPE")
     metrics = _read_metrics(folder / "metrics.jsonl", notes)
     evaluation = _read_json(folder / "evaluation.json", notes, evaluate)
-    curves = _curves(evaluation.get("curves"))
+    curves = curves_of(evaluation.get("curves"))
     if evaluation and not curves:
         notes.append(Note("evaluation.json holds no readable curves.", evaluate))
     return Run(
@@ -103,7 +103,7 @@ def _read(folder: Path, name: str) -> Run:
         metrics=metrics,
         evaluation=evaluation,
         curves=curves,
-        scratch=_curves(evaluation.get("scratch")),
+        scratch=curves_of(evaluation.get("scratch")),
         examples=_read_examples(folder / "examples.npz", notes, evaluate),
         notes=tuple(notes),
     )
@@ -155,7 +155,8 @@ def _read_metrics(path: Path, notes: list[Note]) -> dict[str, np.ndarray]:
     return {key: np.array([number(row.get(key)) for row in rows]) for key in columns}
 
 
-def _curves(found: Any) -> dict[str, Curve]:
+def curves_of(found: Any) -> dict[str, Curve]:
+    """The curves in a part of evaluation.json; what is none is left out."""
     curves = {}
     for name, parts in found.items() if isinstance(found, dict) else ():
         mean = parts.get("mean") if isinstance(parts, dict) else None
