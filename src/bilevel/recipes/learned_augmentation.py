@@ -58,7 +58,7 @@ def learned_augmentation(
     Cost: that of MAML with a support `1 + copies` times as large. Exact for the draws made.
 
     Reference: Finn, Abbeel, Levine, 2017; Antoniou, Edwards, Storkey, 2019; Hataya et al., Meta approach to
-    data augmentation optimization, 2022, learn such strengths by one-step hypergradients.
+    data augmentation optimization, 2022.
 
     >>> learner = learned_augmentation(bl.nets.conv4(5, 4), bl.learners.cross_entropy)
     >>> meta = learner.init_meta(jax.random.key(0))

@@ -37,7 +37,7 @@ class MamlPlusPlus:
     learning_rate: float = 1e-3
     """Of the outer Adam, at the start; it falls to a hundredth along a cosine."""
     weight_decay: float = 0.0
-    """Of all that is meta-learned, against meta-overfitting (AdamW)."""
+    """Of the initialization, against meta-overfitting (AdamW)."""
     filters: int = 64
     """Width of conv4."""
     downsample: Literal["stride", "pool"] = "stride"
@@ -82,7 +82,7 @@ class MamlPlusPlus:
             }
         return task.experiment(
             learner,
-            optax.adamw(schedule, weight_decay=self.weight_decay),
+            optax.adamw(schedule, weight_decay=self.weight_decay, mask=_initialization),
             eval_steps=self.num_steps,
             statistics={
                 "batch": "transductive batch norm",
@@ -93,3 +93,8 @@ class MamlPlusPlus:
             scratch=from_scratch(net, loss, optax.adam(1e-2), 20),
             **more,
         )
+
+
+def _initialization(meta):
+    """Rates and norms are not to be pulled to zero."""
+    return {name: name == "init" for name in meta}
