@@ -457,7 +457,7 @@ def test_arrays(tmp_path, out):
 def test_numbers_that_come_in_two_splits_are_refused(tmp_path, out):
     """As in MNIST, where train and test have the same ten classes."""
     parts = {"train": (stacked(NAMES), np.arange(15) // 3), "test": (stacked(NAMES), np.arange(15) // 3)}
-    with pytest.raises(ValueError, match="in more than one split: 0, 1, 2, 3, 4; .* anew, give them names"):
+    with pytest.raises(ValueError, match=r"in more than one split: 0, 1, 2, 3, 4; .* anew, give them names"):
         convert(parts, out)
     splits = {"train": ["0", "1"], "test": ["2", "3", "4"]}
     assert convert(parts, out, splits=splits).counts() == {"train": (2, 12), "test": (3, 18)}

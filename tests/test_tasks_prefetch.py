@@ -190,15 +190,16 @@ def test_errors_of_draw_come_through():
         HostTasks(draw, num_tasks=2)(jax.random.key(0))
 
 
-def test_changing_shapes_are_told():
-    sizes = iter([2, 3])
+@pytest.mark.parametrize(("num_tasks", "drawn"), [(None, [2, 3]), (2, [2, 3, 3]), (2, [2, 2, 3])])
+def test_changing_shapes_are_told(num_tasks, drawn):
+    sizes = iter(drawn)
 
     def draw(rng):
         x = np.zeros((next(sizes), 1), np.float32)
         return bl.Task((x, x), (x, x))
 
     with pytest.raises(Exception, match="draw must give the same shapes every time"):
-        HostTasks(draw)(jax.random.key(0))
+        HostTasks(draw, num_tasks)(jax.random.key(0))
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_tasks", 0), ("threads", 0), ("ahead", 0)])

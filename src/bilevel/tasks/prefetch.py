@@ -204,15 +204,16 @@ class HostTasks:
 
     def _batch(self, number: np.ndarray) -> Task:
         """The batch of a key's number, leaves [num_tasks, n, ...]."""
-        tasks = [self._one(number, t) for t in range(self.num_tasks or 1)]
-        return tasks[0] if self.num_tasks is None else jax.tree.map(lambda *x: np.stack(x), *tasks)
-
-    def _one(self, number: np.ndarray, t: int) -> Task:
-        task = self.draw(np.random.default_rng([*number.tolist(), t]))
-        got = jax.tree.map(_struct, task)
+        tasks = [self.draw(np.random.default_rng([*number.tolist(), t])) for t in range(self.num_tasks or 1)]
+        one = self.num_tasks is None
+        try:
+            batch = tasks[0] if one else jax.tree.map(lambda *x: np.stack(x), *tasks)
+            got = jax.tree.map(lambda x: _struct(x if one else x[0]), batch)
+        except ValueError as error:  # NumPy's or JAX's: the tasks of a batch differ
+            raise ValueError(f"draw must give the same shapes every time: {error}") from error
         if got != self._like:
             raise ValueError(f"draw must give the same shapes every time, got {got} after {self._like}")
-        return jax.tree.map(lambda x, like: np.asarray(x, like.dtype), task, self._like)
+        return jax.tree.map(lambda x, like: np.asarray(x, like.dtype), batch, self._like)
 
 
 def hosted(
