@@ -30,21 +30,22 @@ def regression_task():
     return bl.Task((x, jnp.sin(3 * x)), (x + 0.1, jnp.sin(3 * x + 0.3)))
 
 
-def shaken(meta):
-    """Away from zeros and identities, so that every leaf has a part to play."""
-    leaves, tree = jax.tree.flatten(meta)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+def first_meta(learner):
+    """A first meta, away from zeros and identities, so that every leaf has a part to play."""
+    noise = np.random.default_rng(0)
+    meta = jax.jit(learner.init_meta)(KEY)
+    return jax.tree.map(lambda x: jnp.asarray(x + 0.2 * noise.normal(size=x.shape)), meta)
 
 
+# Everything is compiled: op by op, these tests would take several times as long.
 def estimate(learner, meta, task):
-    return bl.hypergradient(learner.problem, learner.solver, learner.estimator, meta, task, KEY)
+    return jax.jit(
+        lambda meta: bl.hypergradient(learner.problem, learner.solver, learner.estimator, meta, task, KEY)
+    )(meta)
 
 
 def solve(learner, meta, task):
-    return learner.solver.solve(learner.problem, meta, task, KEY).params
+    return jax.jit(lambda meta: learner.solver.solve(learner.problem, meta, task, KEY).params)(meta)
 
 
 def squared_error(apply, params, batch):
@@ -61,7 +62,7 @@ def plain_perceptron(params, x):
 
 def exact(learner, meta=None):
     """Asserts that the learner's hypergradient is the slope of its value."""
-    meta, task = shaken(learner.init_meta(KEY)) if meta is None else meta, regression_task()
+    meta, task = first_meta(learner) if meta is None else meta, regression_task()
     run = jax.jit(lambda meta: estimate(learner, meta, task))
     h = run(meta)
     assert_derivative(lambda meta: run(meta).value, h.grad, meta)
@@ -74,11 +75,15 @@ def exact(learner, meta=None):
 
 def test_boil_adapts_the_body_and_learns_the_head(x64):
     learner = boil(NET, mean_squared_error, num_steps=2, rates=0.1)
-    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    meta, task = first_meta(learner), regression_task()
     body, head = {"hidden_0": meta["init"]["hidden_0"]}, {"head": meta["init"]["head"]}
-    for _ in range(2):
+
+    @jax.jit
+    def step(body):
         grads = jax.grad(lambda body: squared_error(plain_perceptron, {**body, **head}, task.support))(body)
-        body = jax.tree.map(lambda p, g: p - 0.1 * g, body, grads)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, body, grads)
+
+    body = step(step(body))
     params = solve(learner, meta, task)
     assert_trees_close("body", params, body, 1e-10)
     x = task.query[0]
@@ -99,11 +104,12 @@ def test_all_but_an_entry_that_is_none():
 
 def test_reptile_is_the_way_of_adam_without_momentum(x64):
     learner = reptile(NET, mean_squared_error, num_steps=3, rate=0.05)
-    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    meta, task = first_meta(learner), regression_task()
     params = meta["init"]
     second = jax.tree.map(jnp.zeros_like, params)
+    slope = jax.jit(jax.grad(lambda params: squared_error(plain_perceptron, params, task.support)))
     for step in (1, 2, 3):
-        grads = jax.grad(lambda p: squared_error(plain_perceptron, p, task.support))(params)
+        grads = slope(params)
         second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
         unbiased = jax.tree.map(lambda v: v / (1 - 0.999**step), second)  # noqa: B023
         params = jax.tree.map(lambda p, g, v: p - 0.05 * g / (jnp.sqrt(v) + 1e-8), params, grads, unbiased)
@@ -189,15 +195,16 @@ def test_imaml_tells_of_an_inner_problem_that_is_not_solved():
 def test_cavia_beside_the_inputs(x64):
     net = bl.nets.mlp([1 + 2, 4, 1], jnp.tanh)
     learner = cavia(net, mean_squared_error, context=InputContext(2), num_steps=2, rate=0.5)
-    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    meta, task = first_meta(learner), regression_task()
     assert set(meta) == {"net"}
 
     def apply(context, x):
         return plain_perceptron(meta["net"], jnp.hstack([x, jnp.tile(context, (len(x), 1))]))
 
     context = jnp.zeros(2)
+    slope = jax.jit(jax.grad(lambda context: squared_error(apply, context, task.support)))
     for _ in range(2):
-        context = context - 0.5 * jax.grad(lambda c: squared_error(apply, c, task.support))(context)
+        context = context - 0.5 * slope(context)
     params = solve(learner, meta, task)
     assert_close("context", params, context, 1e-10)
     x = task.query[0]
@@ -207,7 +214,7 @@ def test_cavia_beside_the_inputs(x64):
 
 def test_cavia_modulates_a_dense_layer(x64):
     learner = cavia(NET, mean_squared_error, context=FilmContext(3, "hidden_0"), num_steps=2, rate=0.5)
-    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    meta, task = first_meta(learner), regression_task()
     film = meta["film"]
     assert film["u"].shape == film["v"].shape == (4, 3)
 
@@ -217,8 +224,9 @@ def test_cavia_modulates_a_dense_layer(x64):
         return h @ meta["net"]["head"]["w"] + meta["net"]["head"]["b"]
 
     context = jnp.zeros(3)
+    slope = jax.jit(jax.grad(lambda context: squared_error(apply, context, task.support)))
     for _ in range(2):
-        context = context - 0.5 * jax.grad(lambda c: squared_error(apply, c, task.support))(context)
+        context = context - 0.5 * slope(context)
     assert_close("context", solve(learner, meta, task), context, 1e-10)
     x = task.query[0]
     assert_close("answers", learner.predict(context, meta, x), apply(context, x), 1e-10)
@@ -237,7 +245,7 @@ def test_cavia_modulates_a_normalized_layer(x64):
         lambda params, x: jnp.tanh(normalized(params["block_0"], x)).sum(1, keepdims=True),
     )
     learner = cavia(net, mean_squared_error, context=FilmContext(2, "block_0"))
-    meta, x = shaken(learner.init_meta(KEY)), regression_task().query[0]
+    meta, x = first_meta(learner), regression_task().query[0]
     context = jnp.array([0.3, -0.7])
     factor, shift = 1 + meta["film"]["u"] @ context, meta["film"]["v"] @ context
     expected = jnp.tanh(factor * normalized(meta["net"]["block_0"], x) + shift).sum(1, keepdims=True)
@@ -252,10 +260,9 @@ def test_cavia_refuses():
     learner = cavia(NET, mean_squared_error, context=FilmContext(2, "block_2"))
     with pytest.raises(KeyError, match=r"layer='block_2'.*\['head', 'hidden_0'\]"):
         learner.init_meta(KEY)
-    conv = bl.nets.conv4(5, 4)
-    learner = cavia(conv, cross_entropy, context=InputContext(2))
+    learner = cavia(bl.nets.conv4(5, 4), cross_entropy, context=InputContext(2))
     with pytest.raises(ValueError, match=r"inputs \[n, d\], got \(5, 28, 28, 1\)"):
-        learner.predict(jnp.zeros(2), learner.init_meta(KEY), jnp.zeros((5, 28, 28, 1)))
+        learner.predict(jnp.zeros(2), {"net": {}}, jnp.zeros((5, 28, 28, 1)))
 
 
 # Meta-Curvature
@@ -263,20 +270,21 @@ def test_cavia_refuses():
 
 def test_meta_curvature_by_hand(x64):
     learner = meta_curvature(NET, mean_squared_error, num_steps=2, rate=0.1)
-    meta, task = shaken(learner.init_meta(KEY)), regression_task()
-    params = meta["init"]
-    for _ in range(2):
+    meta, task = first_meta(learner), regression_task()
+
+    @jax.jit
+    def step(params):
         grads = jax.grad(lambda p: squared_error(plain_perceptron, p, task.support))(params)
+        moved = {}
         for name in ("hidden_0", "head"):
             (m_in, m_out), (m_bias,) = (meta["curvature"][name][leaf] for leaf in ("w", "b"))
-            w, b = grads[name]["w"], grads[name]["b"]
-            params = {
-                **params,
-                name: {
-                    "w": params[name]["w"] - 0.1 * m_in @ w @ m_out.T,
-                    "b": params[name]["b"] - 0.1 * m_bias @ b,
-                },
+            moved[name] = {
+                "w": params[name]["w"] - 0.1 * m_in @ grads[name]["w"] @ m_out.T,
+                "b": params[name]["b"] - 0.1 * m_bias @ grads[name]["b"],
             }
+        return moved
+
+    params = step(step(meta["init"]))
     assert_trees_close("params", solve(learner, meta, task), params, 1e-10)
     exact(learner, meta)
 
@@ -296,9 +304,8 @@ def test_curvature_of_a_convolution(x64):
     found = scale_by_curvature([[out, taps, channels]]).update([g], optax.EmptyState())[0][0]
     expected = jnp.einsum("ao,bt,ci,oti->abc", out, taps, channels, g.reshape(3, 9, 2)).reshape(3, 18)
     assert_close("product", found, expected, 1e-10)
-    net = bl.nets.conv4(5, 4)
-    learner = meta_curvature(net, cross_entropy, modes=conv_modes)
-    curvature = learner.init_meta(KEY)["curvature"]
+    learner = meta_curvature(bl.nets.conv4(5, 4), cross_entropy, modes=conv_modes)
+    curvature = jax.eval_shape(learner.init_meta, KEY)["curvature"]
     assert [m.shape for m in curvature["block_1"]["w"]] == [(4, 4), (9, 9), (4, 4)]
     assert [m.shape for m in curvature["head"]["w"]] == [(4, 4), (5, 5)]
 
@@ -319,11 +326,12 @@ def test_meta_curvature_refuses():
 def test_warp_objective_by_hand(x64, start):
     """The gradient in ω is that of the mean loss one step after each φₖ, with the φₖ as constants."""
     learner = warp_grad(DEEP, mean_squared_error, warp=("hidden_1",), num_steps=3, rate=0.1, start=start)
-    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    meta, task = first_meta(learner), regression_task()
 
     def loss(params, warp, batch):
         return squared_error(plain_perceptron, {**params, **warp}, batch)
 
+    @jax.jit
     def step(params, warp):
         grads = jax.grad(loss)(params, warp, task.support)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
@@ -358,14 +366,15 @@ def test_warp_objective_by_hand(x64, start):
 
 def test_leap_shortens_the_way(x64):
     learner = bl.maml(NET, mean_squared_error, num_steps=3, rates=0.2, estimator=Leap())
-    meta, task = shaken(learner.init_meta(KEY)), regression_task()
+    meta, task = first_meta(learner), regression_task()
 
+    @jax.jit
     def loss(params):
         return squared_error(plain_perceptron, params, task.support)
 
-    points = [meta["init"]]
+    points, slope = [meta["init"]], jax.jit(jax.grad(loss))
     for _ in range(3):
-        points.append(jax.tree.map(lambda p, g: p - 0.2 * g, points[-1], jax.grad(loss)(points[-1])))
+        points.append(jax.tree.map(lambda p, g: p - 0.2 * g, points[-1], slope(points[-1])))
     assert all(loss(a) > loss(b) for a, b in pairwise(points))  # so the stabilizer has nothing to do
 
     def length(begin, end):
@@ -373,7 +382,8 @@ def test_leap_shortens_the_way(x64):
         squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), begin, end)
         return jnp.sqrt(sum(jax.tree.leaves(squares)) + (loss(begin) - loss(end)) ** 2)
 
-    pulls = [jax.grad(length)(a, b) for a, b in pairwise(points)]
+    pull = jax.jit(jax.grad(length))
+    pulls = [pull(a, b) for a, b in pairwise(points)]
     expected = jax.tree.map(lambda *parts: sum(parts), *pulls)
     h = estimate(learner, meta, task)
     assert_trees_close("grad", h.grad, {"init": expected}, 1e-10)
@@ -383,13 +393,13 @@ def test_leap_shortens_the_way(x64):
 def test_leap_at_a_minimum_has_no_direction():
     problem = bl.Problem(lambda meta, key: meta, lambda p, m, b, k: p**2, lambda p, m, b, k: p)
     solver = bl.inner.Gradient(optax.sgd(0.5), 2)
-    h = bl.hypergradient(problem, solver, Leap(), jnp.float32(0.0), bl.Task(None, None), KEY)
+    h = bl.hypergradient(problem, solver, Leap(), 0.0, bl.Task(None, None), KEY)
     assert h.grad == 0 and h.stats["finite"] == 1
 
 
 def test_linear_warps_are_layers(x64):
     net = linear_warps(NET)
-    params = shaken(net.init(KEY))
+    params = jax.tree.map(lambda x: x + 0.2 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), net.init(KEY))
     x, v = regression_task().query[0], params["warp"]["hidden_0"]
     hidden = jnp.tanh((x @ params["hidden_0"]["w"] + params["hidden_0"]["b"]) @ v.T)
     expected = hidden @ params["head"]["w"] + params["head"]["b"]
@@ -401,12 +411,12 @@ def test_linear_warps_are_layers(x64):
 
 def test_linear_warps_of_a_convolution():
     net, plain = linear_warps(bl.nets.conv4(3, 4)), bl.nets.conv4(3, 4)
-    params, x = net.init(KEY), jax.random.uniform(KEY, (3, 28, 28, 1))
+    params, x = jax.jit(net.init)(KEY), jax.random.uniform(KEY, (3, 28, 28, 1))
     turned = {**params, "warp": {**params["warp"], "block_0": jnp.eye(4)[jnp.array([1, 0, 3, 2])]}}
     # Swapping features before normalization is swapping the rows of the weights.
     first = {**params["block_0"], "w": params["block_0"]["w"][jnp.array([1, 0, 3, 2])]}
-    expected = plain.apply({**{n: params[n] for n in params if n != "warp"}, "block_0": first}, x)
-    assert_close("answers", net.apply(turned, x), expected, 1e-5)
+    expected = jax.jit(plain.apply)({**{n: params[n] for n in params if n != "warp"}, "block_0": first}, x)
+    assert_close("answers", jax.jit(net.apply)(turned, x), expected, 1e-5)
 
 
 def test_warp_grad_refuses():

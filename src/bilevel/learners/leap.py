@@ -65,7 +65,7 @@ class Leap:
         last, after = run_steps(
             problem, solver, fixed, task, first, step_key, solver.num_steps, each=lambda params: params
         )
-        points = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first.params, after)
+        points = jax.tree.map(lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b]), first.params, after)
         losses, slopes = jax.lax.map(
             lambda at: jax.value_and_grad(loss_at)(*at), (points, jnp.arange(solver.num_steps + 1))
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -232,9 +233,9 @@ def linear_warps(net: Net) -> Net:
     )
 
 
-def _features(layer) -> int | None:
+def _features(layer: Any) -> int | None:
     """The width of a layer that a warp fits behind, or None."""
-    if not isinstance(layer, Mapping) or jnp.ndim(layer.get("w")) != 2:
+    if not isinstance(layer, Mapping) or "w" not in layer or jnp.ndim(layer["w"]) != 2:
         return None
     if "scale" in layer:
         return layer["w"].shape[0]

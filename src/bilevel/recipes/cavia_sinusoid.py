@@ -33,7 +33,7 @@ class CaviaSinusoid:
     rate: float = 1.0
     """Inner learning rate."""
     learning_rate: float = 1e-3
-    """Of the outer Adam."""
+    """Of the outer Adam, at the start; it falls to a hundredth along a cosine."""
     eval_steps: int = 10
     """Inner steps at evaluation."""
     eval_tasks: int = 1000
@@ -54,7 +54,7 @@ class CaviaSinusoid:
         )
         return sinusoid_experiment(
             learner,
-            optax.adam(self.learning_rate),
+            optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.num_meta_steps, alpha=0.01)),
             shots=self.shots,
             queries=self.queries,
             num_tasks=self.num_tasks,
