@@ -202,6 +202,10 @@ def test_noise_is_in_the_outer_loss_only(x64):
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"found no normalization.*per_step_norm=False"):
         maml_plus_plus(bl.nets.mlp([3, 4, 2]), cross_entropy).init_meta(KEY)
+    for params in ({"step": jnp.ones(2)}, [jnp.ones(2)]):
+        with pytest.raises(ValueError, match="a dictionary without an entry 'step'"):
+            other = Net(lambda key, params=params: params, forward)
+            maml_plus_plus(other, cross_entropy, per_step_norm=False).init_meta(KEY)
     with pytest.raises(ValueError, match="num_steps of at least 1, got 0"):
         maml_plus_plus(NET, cross_entropy, num_steps=0)
     with pytest.raises(TypeError, match=r"must be an estimator such as Mixed\(\)"):

@@ -16,6 +16,7 @@ from bilevel.nets import Net
 from bilevel.problem import Estimator, Learner, Params
 
 _NORM_LEAVES = ("scale", "bias")
+_STEP = "step"  # the entry of the adapted parameters that counts inner steps
 
 
 def maml_plus_plus(
@@ -60,7 +61,7 @@ def maml_plus_plus(
 
     Raises:
         ValueError: for fewer than 1 step; at `init_meta`, when there is no normalization to give each step
-            its own, or the parameters are no dictionaries.
+            its own, or the parameters are no dictionary, or one with an entry "step".
 
     Cost: that of the estimator: K outer losses until a run ends, about a third of the time in the first-order
     part. Leave `task_chunk` at 1 there, see `AnnealedOrder`. Biased until `first_order_steps`, then exact.
@@ -78,7 +79,10 @@ def maml_plus_plus(
     rates = PerLayerPerStep(rate) if learned_rates else Fixed(rate)
 
     def init_meta(key):
-        init, norm = split_norms(net.init(key)) if per_step_norm else (net.init(key), None)
+        init, norm = net.init(key), None
+        _require_dictionary(init)
+        if per_step_norm:
+            init, norm = split_norms(init)
         meta = {"init": init}
         if norm is not None:
             meta["norm"] = jax.tree.map(lambda leaf: jnp.stack([leaf] * (num_steps + 1)), norm)
@@ -88,14 +92,14 @@ def maml_plus_plus(
 
     def assemble(params, meta, x):
         params = dict(params)
-        step = jax.lax.stop_gradient(params.pop("step")).astype(jnp.int32)
+        step = jax.lax.stop_gradient(params.pop(_STEP)).astype(jnp.int32)
         if per_step_norm:
             row = jnp.minimum(step, num_steps)
             params = _united(params, jax.tree.map(lambda rows: rows[row], meta["norm"]))
         return params, x
 
     problem, predict = supervised(
-        net, loss, init=lambda meta, key: {**meta["init"], "step": jnp.zeros(())}, assemble=assemble
+        net, loss, init=lambda meta, key: {**meta["init"], _STEP: jnp.zeros(())}, assemble=assemble
     )
     solver = Gradient(lambda meta: _counting(rates.optimizer(meta.get("rates"))), num_steps)
     estimator: Estimator = adjoint or Mixed()
@@ -107,17 +111,19 @@ def maml_plus_plus(
 
 
 def _counting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer on all entries but "step", to which 1 is added: the inner loss then knows its step."""
+    """The optimizer on all entries but the count of steps, to which 1 is added."""
 
     def without(tree):
-        return {name: leaf for name, leaf in tree.items() if name != "step"}
+        return {name: leaf for name, leaf in tree.items() if name != _STEP}
 
     def init(params):
         return optimizer.init(without(params))
 
     def update(updates, state, params=None):
-        moved, state = optimizer.update(without(updates), state, None if params is None else without(params))
-        return {**moved, "step": jnp.ones_like(updates["step"])}, state
+        before = None if params is None else without(params)
+        moved: Any
+        moved, state = optimizer.update(without(updates), state, before)
+        return {**moved, _STEP: jnp.ones_like(updates[_STEP])}, state
 
     return optax.GradientTransformation(init, update)
 
@@ -139,6 +145,14 @@ def split_norms(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
             "as bl.nets.conv4"
         )
     return rest, norms
+
+
+def _require_dictionary(params: Params) -> None:
+    if not isinstance(params, dict) or _STEP in params:
+        raise ValueError(
+            "maml_plus_plus counts inner steps in the parameters, which must be a dictionary without an "
+            f"entry {_STEP!r}, got {jax.tree.structure(params)}"
+        )
 
 
 def _parted(tree):

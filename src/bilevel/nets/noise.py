@@ -1,5 +1,7 @@
 """Noise for training: dropout of single values, and of whole patches of a picture (DropBlock)."""
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
@@ -42,8 +44,8 @@ def drop_block(x: jax.Array, rate: float, size: int, key: Key) -> jax.Array:
     ).astype(x.dtype)
     grown = jnp.pad(corners, ((0, 0), (size - 1, size - 1), (size - 1, size - 1), (0, 0)))
     # A pixel is dropped when any of the squares that could cover it was drawn.
-    rows = sum(grown[:, i : i + height] for i in range(size))
-    hits = sum(rows[:, :, j : j + width] for j in range(size))
+    rows = reduce(jnp.add, [grown[:, i : i + height] for i in range(size)])
+    hits = reduce(jnp.add, [rows[:, :, j : j + width] for j in range(size)])
     kept = (hits == 0).astype(x.dtype)
     return x * kept * (kept.size / jnp.maximum(kept.sum(), 1))
 

@@ -21,8 +21,7 @@ class Norm(Protocol):
             on the other queries. An evaluation protocol has to say so.
     """
 
-    @property
-    def transductive(self) -> bool: ...
+    transductive: ClassVar[bool]
 
     def check(self, channels: int) -> None:
         """Refuse a width with a `ValueError`."""
