@@ -42,10 +42,12 @@ LEVELS = (
 
 # Third-party modules beside jax, numpy and optax, and the only modules that may import them.
 HEAVY = {
+    "datasets": ("tasks.hugging_face",),
+    "grain": ("tasks.prefetch",),
     "matplotlib": ("report", "report.*"),
     "optimistix": ("inner.converged",),
     "orbax": ("train.checkpoint",),
-    "PIL": ("report", "report.*", "tasks.omniglot*"),
+    "PIL": ("report", "report.*", "tasks.omniglot*", "tasks.pictures"),
     "rich": ("train.display",),
     "tensorboardX": ("train.metrics",),
     "tyro": ("cli",),

@@ -1,4 +1,4 @@
-"""The command line: bilevel train | eval | compare | check | advise | report | recipes | demo."""
+"""The command line: bilevel train | eval | compare | convert | check | advise | report | recipes | demo."""
 
 import contextlib
 import dataclasses
@@ -27,6 +27,8 @@ from bilevel.recipes.run import (
     train_recipe,
 )
 from bilevel.sharding import make_devices
+from bilevel.tasks.convert import Dataset, Layout, convert
+from bilevel.tasks.pictures import Fit
 from bilevel.train.early_stopping import Validation
 
 _USAGE = """\
@@ -35,6 +37,7 @@ bilevel: learn how to learn
   bilevel train RECIPE [flags]   meta-train; `bilevel train RECIPE --help` lists every flag
   bilevel eval RUN [flags]       judge a run on fresh tasks of unseen classes
   bilevel compare RUN RUN...     who is better on the same tasks, with a paired interval
+  bilevel convert FILES FOLDER   store pictures of any common form, once, to train on them
   bilevel check RECIPE [flags]   is the recipe's hypergradient right? finite differences, in plain words
   bilevel advise RECIPE [flags]  which estimator to take: error, time and memory of each
   bilevel report RUN...          one HTML page about a run, or comparing several
@@ -308,6 +311,45 @@ def _recipes(words: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Convert:
+    source: tyro.conf.Positional[Path]
+    """Files that you have: docs/data.md says which."""
+    folder: tyro.conf.Positional[Path]
+    """Where the stored set shall be."""
+    dataset: Dataset = "auto"
+    """Which benchmark it is, where the files do not say."""
+    splits: str | None = None
+    """Which class goes where: a JSON file, a folder of train.csv or train.txt and so on, or 64/16/20."""
+    size: int | None = None
+    """Side of the pictures."""
+    fit: Fit = "stretch"
+    """How a picture that is not square becomes so."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey, 3 for colour."""
+    label: str | None = None
+    """The column of labels of a Hugging Face data set that has several."""
+    partial: bool = False
+    """Take a benchmark that is not complete."""
+    replace: bool = False
+    """Put it in place of a stored set that is already there."""
+
+
+def _convert(words: list[str]) -> int:
+    parsed = _parse("bilevel convert", _Convert, words, "Store pictures of any common form, once.")
+    flags = dataclasses.asdict(parsed)
+    source, folder = flags.pop("source"), flags.pop("folder")
+    layout = Layout(**{name: flags.pop(name) for name in ("size", "fit", "channels")})
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done} of {total} pictures", end="\r", file=sys.stderr)
+
+    print(convert(source, folder, layout, on_progress=show, **flags).summary())
+    print(f"stored in {folder}; train on it with --task.dataset stored --task.data {folder}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class _Demo:
     folder: Path = Path("runs/demo")
     """Where the run is kept; a second demo goes on with it."""
@@ -405,6 +447,7 @@ _COMMANDS = {
     "train": _train,
     "eval": _eval,
     "compare": _compare,
+    "convert": _convert,
     "check": _check,
     "advise": _advise,
     "report": _report,

@@ -11,15 +11,16 @@ import bilevel as bl
 from bilevel.problem import Key, Learner, Task
 from bilevel.recipes.experiment import Experiment
 
-_DRAWINGS = 20  # of each character of Omniglot
+_MANY = 15  # query examples of a class, where there are so many
 
 
 @dataclass(frozen=True)
 class FewShotData:
     """The tasks of a few-shot recipe: N ways, K shots, unseen classes in the test."""
 
-    dataset: Literal["glyphs", "omniglot"] = "omniglot"
-    """glyphs are drawn by a program and need no file; omniglot is read from --task.data or BILEVEL_DATA."""
+    dataset: Literal["glyphs", "omniglot", "stored"] = "omniglot"
+    """glyphs are drawn by a program and need no file; omniglot is read from --task.data or BILEVEL_DATA;
+    stored is a folder --task.data that `bilevel convert` made."""
     ways: int = 5
     """Classes of a test task, and of a training task unless --task.train-ways says otherwise."""
     shots: int = 1
@@ -35,14 +36,31 @@ class FewShotData:
     eval_tasks: int = 1000
     """Test tasks."""
     data: Path | None = None
-    """omniglot.npz, an official zip, or a folder with them; else BILEVEL_DATA and the cache are tried."""
+    """A stored set; or omniglot.npz, an official zip, or a folder with them, else BILEVEL_DATA and the cache
+    are tried."""
     download: bool = False
     """Get Omniglot's official archives into the cache folder when no data is found."""
+    rotations: bool = False
+    """Of a stored set: let every training class turned by 90, 180 and 270 degrees be one of its own."""
+    keep: Literal["device", "host"] = "device"
+    """Where the pictures of a stored set are in training; the host holds more than the device."""
+
+    def __post_init__(self):
+        if self.dataset == "stored" and self.data is None:
+            raise ValueError(
+                "--task.dataset stored needs --task.data FOLDER, which `bilevel convert FILES FOLDER` makes"
+            )
+        if self.keep == "host" and self.dataset != "stored":
+            raise ValueError(f"--task.keep host is for --task.dataset stored, got {self.dataset}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of a picture."""
-        return (28, 28, 1)
+        return bl.tasks.open_stored(self._folder()).image_shape if self.dataset == "stored" else (28, 28, 1)
+
+    def _folder(self) -> Path:
+        assert self.data is not None, "__post_init__ asks for it"
+        return self.data
 
     def sampler(
         self, split: str, *, ways: int | None = None, shots: int | None = None, queries: int | None = None
@@ -51,10 +69,16 @@ class FewShotData:
         sizes = (ways or self.ways, shots or self.shots, queries or self.queries)
         if self.dataset == "glyphs":
             return bl.tasks.Glyphs(*sizes, split)
+        if self.dataset == "stored":
+            turned = self.rotations and split == "train"
+            return bl.tasks.stored(split, *sizes, self._folder(), turned)
         return bl.tasks.omniglot(split, *sizes, self.data, self.download)
 
     def training(self) -> Callable[[Key], Task]:
         """Batches of training tasks."""
+        if self.keep == "host":
+            sizes = (self.train_ways or self.ways, self.shots, self.queries)
+            return bl.tasks.hosted("train", *sizes, self._folder(), self.rotations, self.num_tasks)
         return bl.tasks.batch(self.sampler("train", ways=self.train_ways), self.num_tasks)
 
     def experiment(
@@ -75,7 +99,9 @@ class FewShotData:
             scratch: the baseline without meta-learning.
             more: further fields of `Experiment`, in place of what is said here.
         """
-        many = 15 if self.dataset == "glyphs" else min(15, _DRAWINGS - self.shots)
+        test = self.sampler("test", queries=1)
+        fewest = int(test.counts.min()) - self.shots if isinstance(test, bl.tasks.FewShot) else _MANY
+        many = min(_MANY, fewest)
         others = {
             f"{count} {'query' if count == 1 else 'queries'} a class at once": self.sampler(
                 "test", queries=count
@@ -83,16 +109,12 @@ class FewShotData:
             for count in {1, many} - {self.eval_queries}
             if "transductive" in statistics
         }
-        classes = {
-            "glyphs": "1000 unseen classes of glyphs",
-            "omniglot": "Omniglot, 423 unseen classes (1200 with rotations in training)",
-        }[self.dataset]
         fields = {
             "sample_tasks": self.training(),
             "sample_test": self.sampler("test", queries=self.eval_queries),
             "other_tests": others,
             "protocol": (
-                f"{classes}, {self.ways}-way {self.shots}-shot, {self.eval_queries} a class to tell, "
+                f"{self._classes()}, {self.ways}-way {self.shots}-shot, {self.eval_queries} a class to tell, "
                 f"{statistics}"
             ),
             "eval_steps": eval_steps,
@@ -102,3 +124,12 @@ class FewShotData:
             "pictures": "classification",
         }
         return Experiment(learner, optimizer, **(fields | more))
+
+    def _classes(self) -> str:
+        """For the protocol: what is told apart."""
+        if self.dataset == "glyphs":
+            return "1000 unseen classes of glyphs"
+        if self.dataset == "omniglot":
+            return "Omniglot, 423 unseen classes (1200 with rotations in training)"
+        stored = bl.tasks.open_stored(self._folder())
+        return f"{stored.source}, {stored.counts()['test'][0]} unseen classes"

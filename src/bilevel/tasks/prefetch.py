@@ -2,6 +2,7 @@
 
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,12 +167,15 @@ class HostTasks:
         Args:
             keys: random keys [S], or their numbers [S, words].
 
-        Raises:
-            ImportError: when `grain`, which does it, is missing.
+        Warns:
+            UserWarning: when `grain`, which does it, is missing: each batch is then waited for.
         """
         numbers = jax.random.key_data(keys) if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else keys
         numbers = np.asarray(numbers)
-        self._coming.begin(numbers, _ahead(self._batch, numbers, self.threads, self.ahead))
+        try:
+            self._coming.begin(numbers, _ahead(self._batch, numbers, self.threads, self.ahead))
+        except ImportError as error:
+            warnings.warn(f"{error}; until then each batch is waited for", stacklevel=4)
         try:
             yield
         finally:

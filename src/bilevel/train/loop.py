@@ -131,6 +131,10 @@ def train(
             writer = stack.enter_context(MetricsWriter(run.folder, done if run.resume else None))
             display = stack.enter_context(progress(run.title, num_meta_steps, done))
         stop_asked = stack.enter_context(_signals())
+        if hasattr(sample_tasks, "expecting"):  # tasks of the host, made ahead of time
+            steps = jnp.arange(int(state.step), num_meta_steps)
+            keys = jax.vmap(lambda step: _task_key(state.key, step))(steps)
+            stack.enter_context(sample_tasks.expecting(keys))
         chunk = _compile(learner, optimizer, sample_tasks, state, options)
         doubter = Doubter(learner.estimator)
         allowed = options.zero_leaves == "allow" or getattr(learner.estimator, "rests", False)
@@ -174,9 +178,7 @@ def _compile(learner, optimizer, sample_tasks, state, options):
     shard = _shard(sample_tasks, state, options)
 
     def step(arrays, state):
-        # A stream of its own, apart from the one that meta_step draws from.
-        task_key = jax.random.fold_in(jax.random.fold_in(state.key, 0x7A5C), state.step)
-        tasks = _draw(merge(arrays), task_key, shard)
+        tasks = _draw(merge(arrays), _task_key(state.key, state.step), shard)
         return meta_step(learner, optimizer, state, tasks, task_chunk=options.task_chunk, shard=shard)
 
     def run(arrays, state, num_steps):
@@ -236,6 +238,11 @@ def _shard(sample_tasks, state, options) -> Shard | None:
             f"divides, got {count}"
         )
     return Shard(options.devices, count)
+
+
+def _task_key(key: Key, step: jax.Array) -> Key:
+    """A stream of its own, apart from the one that meta_step draws from."""
+    return jax.random.fold_in(jax.random.fold_in(key, 0x7A5C), step)
 
 
 def _draw(sample_tasks, key, shard):
