@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bilevel.tasks import Glyphs, batch, glyph
-from bilevel.tasks.glyphs import SPLITS, STYLES
+from bilevel.tasks.glyphs import SPLITS
 from bilevel.tasks.handwriting import S, drawing, program, trace
 
 draw = jax.jit(glyph, static_argnames="size")
@@ -38,8 +38,8 @@ def test_same_key_same_task():
     assert not np.array_equal(a.support[0], c.support[0])
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_drawings_of_a_class_are_alike_but_not_equal(style):
+@pytest.mark.parametrize(("style", "low", "high"), [("strokes", 0.5, 0.9), ("handwriting", 0.35, 0.75)])
+def test_drawings_of_a_class_are_alike_but_not_equal(style, low, high):
     sample = batch(Glyphs(ways=5, shots=1, queries=5, split="test", style=style), 100)
     task = jax.jit(sample)(jax.random.key(0))
     support = np.asarray(task.support[0]).reshape(100, 1, 5, -1)
@@ -47,7 +47,7 @@ def test_drawings_of_a_class_are_alike_but_not_equal(style):
     distance = ((query - support) ** 2).sum(axis=-1)
     assert distance.min() > 0.5
     accuracy = np.mean(distance.argmin(axis=-1) == np.asarray(task.query[1]))
-    assert 0.5 < accuracy < 0.9  # chance is 0.2; at 1.0 there would be nothing to learn
+    assert low < accuracy < high  # chance is 0.2; at 1.0 there would be nothing to learn
 
 
 def test_a_class_is_fixed_by_its_number():
@@ -137,7 +137,7 @@ def test_characters_have_one_to_four_strokes_and_fit_the_page():
     assert set(np.unique(joint)) == {0.0, 1.0} and joint.sum((2, 3)).max() == 1
     assert (joint.sum(-1) * np.triu(np.ones((S, S)))).sum() == 0  # only on strokes before
     keys = jax.random.split(jax.random.key(0), 500)
-    ink = np.asarray(jax.jit(jax.vmap(drawing))(np.arange(500), keys)).sum((1, 2, 3))
+    pictures = np.asarray(jax.jit(jax.vmap(drawing))(np.arange(500), keys))
+    ink = pictures.sum((1, 2, 3))
     assert np.isfinite(ink).all() and ink.min() > 2
-    border = np.asarray(jax.jit(jax.vmap(drawing))(np.arange(500), keys))[:, [0, -1]].sum((1, 2, 3))
-    assert np.mean(border > 1) < 0.1  # few are cut off
+    assert np.mean(pictures[:, [0, -1]].sum((1, 2, 3)) > 1) < 0.1  # few are cut off

@@ -29,14 +29,14 @@ def test_same_key_same_task(sample):
 
 
 def test_a_harmonic_is_two_waves_one_twice_as_fast():
-    tasks = draw(partial(harmonics, shots=30, queries=30, noise=0.0), 20)
+    tasks = draw(partial(harmonics, shots=30, queries=30, noise=0.0), 8)
     for x, y in zip(tasks.support[0], tasks.support[1], strict=True):
         errors = []
-        for omega in np.linspace(5, 7, 401):  # least squares in the heights and phases
+        for omega in np.linspace(5, 7, 801):  # least squares in the heights and phases
             waves = [f(k * omega * x[:, 0]) for k in (1, 2) for f in (np.sin, np.cos)]
             basis = np.stack(waves, 1).astype(np.float64)
             errors.append(np.abs(basis @ np.linalg.lstsq(basis, y[:, 0], rcond=None)[0] - y[:, 0]).max())
-        assert min(errors) < 0.05 < np.median(errors)
+        assert min(errors) < 0.1 * np.median(errors)  # only its own frequency fits
 
 
 def test_harmonics_have_the_published_moments():

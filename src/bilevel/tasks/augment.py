@@ -99,7 +99,7 @@ def affine(
     ones, zeros = jnp.ones(len(x), x.dtype), jnp.zeros(len(x), x.dtype)
     lean = jnp.stack([jnp.stack([ones, shear * slant], -1), jnp.stack([zeros, ones], -1)], -2)
     matrix = turn @ lean * jnp.exp(scale * size)[:, None, None]
-    return jax.vmap(warp)(x, matrix, 2 * shift * jnp.stack(moves, axis=-1))
+    return jax.vmap(warp)(x, matrix, jnp.stack(moves, axis=-1) * jnp.asarray(2 * shift, x.dtype))
 
 
 def noise(x: jax.Array, key: Key, *, strength: ArrayLike) -> jax.Array:
@@ -153,10 +153,11 @@ def cutout(x: jax.Array, key: Key, *, size: ArrayLike, value: ArrayLike = 0.0) -
     """
     require_pictures("cutout", x)
     centres = jax.random.uniform(key, (2, len(x), 1), x.dtype)
+    side = jnp.asarray(size, x.dtype)
 
     def cover(length, centre):  # [n, length]: 1 inside, 0 outside, a slope of one pixel between
         distance = jnp.abs(jnp.arange(length) + 0.5 - centre * length)
-        return jnp.clip(size * length / 2 - distance + 0.5, 0.0, 1.0) * (size > 0)
+        return jnp.clip(side * length / 2 - distance + 0.5, 0.0, 1.0) * (side > 0)
 
     covered = cover(x.shape[1], centres[0])[:, :, None] * cover(x.shape[2], centres[1])[:, None, :]
     return x + covered[..., None] * (value - x)

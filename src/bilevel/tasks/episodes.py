@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 from bilevel.problem import Key, Task
@@ -259,4 +260,4 @@ def _pictures(data: FewShot, places: jax.Array, turns: jax.Array) -> jax.Array:
 
 def _is_concrete(x) -> bool:
     """Whether this is an array with values: pytrees are also rebuilt of tracers and of placeholders."""
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer)
