@@ -7,6 +7,7 @@ import pytest
 
 from bilevel.nets.conv4 import _pooled_block, _strided_block, conv4
 from bilevel.nets.convolution import largest_of_quarters, max_pool, quarter_patches
+from bilevel.nets.mlp import mlp
 from bilevel.nets.net import Net
 from bilevel.nets.noise import drop_block, dropout
 from bilevel.nets.norms import GroupNorm, SupportNorm, as_norm
@@ -200,6 +201,20 @@ def test_dropout_of_the_features():
     draws = jax.jit(jax.vmap(net.noisy, (None, None, 0)))(params, x, jax.random.split(KEY, 1000))
     assert_close("mean over the noise", draws.mean(0), clean, 0.2)
     assert float(draws.std(0).min()) > 0
+
+
+def test_dropout_of_hidden_layers():
+    net = mlp([2, 5, 4, 3], jnp.tanh, dropout=0.4)
+    assert net.noisy is not None and mlp([2, 3]).noisy is None
+    params, x = moved_params(net), jax.random.normal(KEY, (7, 2))
+    y = x
+    for i, name in enumerate(("hidden_0", "hidden_1")):
+        y = dropout(jnp.tanh(y @ params[name]["w"] + params[name]["b"]), 0.4, jax.random.fold_in(KEY, i))
+    y = y @ params["head"]["w"] + params["head"]["b"]
+    assert_close("noisy", net.noisy(params, x, KEY), y, 1e-5)
+    assert_close("clean", net.apply(params, x), mlp([2, 5, 4, 3], jnp.tanh).apply(params, x), 0)
+    with pytest.raises(ValueError, match=r"mlp\.dropout must be at least 0 and below 1"):
+        mlp([2, 3, 1], dropout=1)
 
 
 def test_dropout_keeps_the_mean():

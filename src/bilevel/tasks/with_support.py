@@ -42,6 +42,7 @@ def with_support(sample: Sampler) -> Sampler:
 
     Cost: the outer loss passes the support through the network again.
 
+    >>> import jax
     >>> from bilevel.tasks import Glyphs
     >>> with_support(Glyphs(ways=2, shots=1, queries=2))(jax.random.key(0)).query[1].tolist()
     [-1, -1, 0, 0, 1, 1]
