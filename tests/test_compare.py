@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import blobs_recipe
@@ -10,8 +11,8 @@ import pytest
 from blobs_recipe import Blobs
 
 from bilevel.cli import main
-from bilevel.recipes.comparison import compare_runs
-from bilevel.recipes.evaluation import evaluate_run
+from bilevel.recipes.comparison import _stored, compare_runs
+from bilevel.recipes.evaluation import evaluate_run, read_trained
 from bilevel.recipes.run import train_recipe
 from bilevel.train.compare import paired, same_tasks, winner
 
@@ -47,7 +48,7 @@ def test_winner_in_words():
     better = paired(base + 0.1 + 0.01 * rng.normal(size=100), base)
     assert better.decided
     assert winner("A", "B", better, "accuracy").startswith("A is better than B: accuracy 9.92 ± 0.19 points")
-    assert winner("A", "B", better, "loss").startswith("B is better than A: loss 0.0992 ± 0.0019 lower")
+    assert winner("A", "B", better, "loss").startswith("B is better than A: loss 0.09921 ± 0.0019 lower")
     equal = paired(base, base + rng.normal(size=100))
     assert "no winner" in winner("A", "B", equal, "accuracy")
 
@@ -87,18 +88,23 @@ def runs(tmp_path_factory):
     train_recipe(NAME, Blobs(num_meta_steps=2), folder / "a", False, "bilevel train")
     for name, fields in {"b": {"rate": 0.5}, "shots": {"shots": 2}, "clouds": {"spread": 0.6}}.items():
         variant(folder / "a", folder / name, **fields)
-    variant(folder / "a", folder / "leak", leak=True)
     return folder
 
 
-def test_compare_uses_what_eval_stored_and_judges_the_rest_anew(runs, tmp_path):
-    evaluated = evaluate_run(runs / "a", 30)
-    kept = (runs / "b").stat().st_mtime_ns
+@pytest.fixture(scope="module")
+def evaluated(runs):
+    """What `bilevel eval` found about the first one; it leaves the figures of each task there."""
+    return evaluate_run(runs / "a", 30, shots=(2,))
+
+
+def test_compare_uses_what_eval_stored_and_judges_the_rest_anew(runs, evaluated, tmp_path):
     result = compare_runs([runs / "a", runs / "b"], 20, out=tmp_path)
     assert [run["stored"] for run in result["runs"]] == [True, False]
-    assert (runs / "b").stat().st_mtime_ns == kept and not (runs / "b" / "evaluation.json").exists()
-    anew = compare_runs([runs / "b", runs / "a"], 20, seed=2, out=tmp_path)
-    assert [run["stored"] for run in anew["runs"]] == [False, False]
+    assert not (runs / "b" / "evaluation.json").exists()
+    run = read_trained(runs / "a")
+    for wrong in ((31, 2, 1), (20, 3, 1), (20, 2, 7)):  # too few tasks, other steps, another seed
+        assert _stored(run, *wrong) is None
+    assert _stored(replace(run, meta_step=9), 20, 2, 1) is None
     with np.load(runs / "a" / "per_task.npz") as stored:
         accuracy = stored["query_accuracy"]
         assert accuracy.shape == (30, 3)
@@ -108,33 +114,35 @@ def test_compare_uses_what_eval_stored_and_judges_the_rest_anew(runs, tmp_path):
     assert pair["num_tasks"] == 20 and pair["difference"] == pytest.approx(
         result["runs"][0]["mean"] - result["runs"][1]["mean"]
     )
-    assert json.loads((tmp_path / "compare.json").read_text())["seed"] == 2
+    assert json.loads((tmp_path / "compare.json").read_text())["seed"] == 1
     assert (tmp_path / "compare.md").read_text().splitlines()[2] == "| run | accuracy | steps |"
 
 
-def test_a_run_against_its_copy_is_exactly_equal(runs, tmp_path, capsys):
-    shutil.copytree(runs / "b", tmp_path / "copy")
-    assert main(["compare", str(runs / "b"), str(tmp_path / "copy"), "--num-tasks", "5",
-                 "--out", str(tmp_path)]) == 0  # fmt: skip
+def test_a_run_against_its_copy_is_exactly_equal(runs, evaluated, tmp_path, capsys):
+    shutil.copytree(runs / "a", tmp_path / "copy")
+    (tmp_path / "copy" / "per_task.npz").unlink()  # judged anew, it gives the stored figures again
+    words = ["compare", runs / "a", tmp_path / "copy", "--num-tasks", 5, "--out", tmp_path]
+    assert main([str(word) for word in words]) == 0
     assert "equal on every one of the 5 tasks" in capsys.readouterr().out
-    assert json.loads((tmp_path / "compare.json").read_text())["pairs"][0]["difference"] == 0
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["pairs"][0]["difference"] == 0
+    assert [run["stored"] for run in found["runs"]] == [True, False]
 
 
-def test_other_tasks_are_refused_by_name(runs, tmp_path, capsys):
+def test_other_tasks_are_refused_by_name(runs, evaluated, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"support.*\[3, 4\] for a and \[6, 4\] for shots"):
         compare_runs([runs / "a", runs / "shots"], 4, out=tmp_path)
     with pytest.raises(ValueError, match="task 0 differs"):  # of the same shapes and sampler
-        compare_runs([runs / "b", runs / "clouds"], 4, out=tmp_path)
+        compare_runs([runs / "a", runs / "clouds"], 4, out=tmp_path)
     assert main(["compare", str(runs / "a")]) == 2
     assert "two or more" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_seen_classes_are_said_loudly(runs):
-    result = evaluate_run(runs / "leak", 4, shots=(2,))
-    assert result["split"] == "SEEN" and result["unseen"].startswith("SEEN CLASSES")
-    assert result["shots"]["2"]["query_accuracy"]["mean"]
-    assert {"support minus query accuracy", "seen minus unseen accuracy"} == set(result["gaps"])
-    assert result["batch_statistics"].startswith("inductive")
-    assert result["calibration"]["num_examples"] == 4 * 12
-    assert result["specialization"]["num_steps"] == 2
+def test_an_evaluation_says_all_of_the_protocol(evaluated):
+    assert evaluated["split"] == "test" and evaluated["unseen"].startswith("unseen classes")
+    assert evaluated["shots"]["2"]["query_accuracy"]["mean"]
+    assert {"support minus query accuracy", "seen minus unseen accuracy"} == set(evaluated["gaps"])
+    assert evaluated["batch_statistics"].startswith("inductive")
+    assert evaluated["calibration"]["num_examples"] == 30 * 12
+    assert evaluated["specialization"]["num_steps"] == 2

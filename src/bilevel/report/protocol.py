@@ -90,10 +90,10 @@ def _diagram(found: Any) -> tuple[np.ndarray, np.ndarray] | None:
     """Confidence and accuracy of the bins that hold something."""
     if not isinstance(found, dict):
         return None
-    columns = [found.get(name) for name in ("confidence", "accuracy")]
-    if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(columns[1]):
+    confidence, accuracy = found.get("confidence"), found.get("accuracy")
+    if not isinstance(confidence, list) or not isinstance(accuracy, list) or len(confidence) != len(accuracy):
         return None
-    x, y = ([number(v) for v in column] for column in columns)
+    x, y = ([number(v) for v in column] for column in (confidence, accuracy))
     filled = np.isfinite(x) & np.isfinite(y)
     return (np.array(x)[filled], np.array(y)[filled]) if filled.any() else None
 
