@@ -18,7 +18,14 @@ from bilevel.learners.maml import AllBut, boil
 from bilevel.learners.meta_curvature import conv_modes, meta_curvature, scale_by_curvature
 from bilevel.learners.reptile import minibatch, reptile
 from bilevel.learners.warp_grad import WarpGradient, linear_warps, warp_grad
+from bilevel.recipes.cavia import Cavia
+from bilevel.recipes.few_shot import FewShotData
+from bilevel.recipes.imaml import Imaml
+from bilevel.recipes.meta_curvature import MetaCurvature
+from bilevel.recipes.reptile import Reptile as ReptileRecipe
+from bilevel.recipes.warp_grad import WarpGrad
 from bilevel.testing import assert_close, assert_derivative, assert_trees_close
+from bilevel.train.step import meta_step
 
 KEY = jax.random.key(0)
 NET = bl.nets.mlp([1, 4, 1], jnp.tanh)
@@ -445,3 +452,13 @@ def test_noise_is_in_the_outer_loss_only(make):
     batch = (task.query[0], learner.predict(params, meta, task.query[0]))
     assert_close("outer", learner.problem.outer_loss(params, meta, batch, KEY), 9.0, 1e-5)
     assert_close("loss", learner.problem.metrics(params, meta, batch, KEY)["loss"], 0.0, 1e-6)
+
+
+@pytest.mark.parametrize("recipe", [Cavia, Imaml, MetaCurvature, ReptileRecipe, WarpGrad])
+def test_recipes_trace(recipe):
+    """Each builds, and its outer step fits its tasks and its optimizer; nothing is compiled."""
+    experiment = recipe(filters=4, task=FewShotData("glyphs", num_tasks=2)).build()
+    learner, optimizer, sample = experiment.learner, experiment.optimizer, experiment.sample_tasks
+    state = jax.eval_shape(lambda key: bl.init_state(learner, optimizer, sample, key), KEY)
+    step = jax.eval_shape(lambda s, k: meta_step(learner, optimizer, s, sample(k)), state, KEY)
+    assert jax.tree.structure(step[0].meta) == jax.tree.structure(state.meta)

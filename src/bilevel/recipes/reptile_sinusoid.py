@@ -14,23 +14,23 @@ from bilevel.recipes.sinusoid import sinusoid_experiment
 class ReptileSinusoid:
     """Learn to fit y = a sin(x - b) from a few points, by moving towards where training on waves ends."""
 
-    num_meta_steps: int = 70_000
+    num_meta_steps: int = 30_000
     """Outer steps."""
     seed: int = 0
     """All randomness of the run follows from it."""
     shots: int = 10
     """Support points of a test task."""
-    train_shots: int = 50
+    train_shots: int = 10
     """Support points of a training task."""
     num_tasks: int = 5
     """Tasks of an outer step."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers."""
-    num_steps: int = 10
+    num_steps: int = 32
     """Inner steps in training."""
-    batch_size: int = 10
+    batch_size: int = 5
     """Points of an inner step."""
-    rate: float = 0.01
+    rate: float = 0.005
     """Of the inner Adam."""
     learning_rate: float = 1.0
     """How far the initialization moves, at the start; it falls to 0 along a line."""
