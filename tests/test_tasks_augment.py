@@ -90,8 +90,8 @@ def test_strength_zero_changes_nothing_and_derivatives_are_exact(x64, operation,
 
 
 def test_strengths_are_standard_deviations():
-    x = jnp.zeros((4000, 3, 3, 1)).at[:, 1, 1].set(1.0)
-    np.testing.assert_allclose(noise(x, KEY, strength=0.3).std(), 0.3 + 0.015, atol=0.02)
+    x = jnp.ones((4000, 3, 3, 1))
+    np.testing.assert_allclose(noise(x, KEY, strength=0.3).std(), 0.3, rtol=0.02)
     ramp = jnp.broadcast_to(jnp.arange(32.0)[None, :, None, None], (4000, 32, 32, 1)) / 32
     moved = affine(ramp, KEY, shift=0.05)[:, 16, 16, 0] - ramp[:, 16, 16, 0]
     np.testing.assert_allclose(moved.std(), 0.05, rtol=0.06)
@@ -121,8 +121,7 @@ def test_flip_mirrors_as_often_as_it_says():
 
 def test_compose_is_one_after_the_other_with_keys_of_their_own():
     both = compose(OPERATIONS["noise"], OPERATIONS["noise"])
-    once = noise(PICTURES, KEY, strength=0.3) - PICTURES
-    assert (both(PICTURES, KEY) - PICTURES).std() == pytest.approx(2**0.5 * once.std(), rel=0.1)
+    np.testing.assert_allclose((both(PICTURES, KEY) - PICTURES).std(), 0.3 * 2**0.5, rtol=0.1)
     np.testing.assert_array_equal(compose()(PICTURES, KEY), PICTURES)
 
 

@@ -23,7 +23,7 @@ KERNELS = (*_STATIONARY, "periodic")
 
 
 def covariance(
-    kernel: str, a: jax.Array, b: jax.Array, length_scale: jax.Array, period: jax.Array | float = 1.0
+    kernel: str, a: jax.Array, b: jax.Array, length_scale: jax.Array | float, period: jax.Array | float = 1.0
 ) -> jax.Array:
     """Correlations of a process of variance one between two sets of points.
 
@@ -41,8 +41,8 @@ def covariance(
     Returns:
         [n, m].
 
-    >>> print(covariance("rbf", jnp.zeros((1, 1)), jnp.ones((1, 1)), 1.0).round(4))
-    [[0.6065]]
+    >>> print(round(float(covariance("rbf", jnp.zeros((1, 1)), jnp.ones((1, 1)), 1.0)[0, 0]), 4))
+    0.6065
     """
     difference = a[:, None, :] - b[None, :, :]
     if kernel == "periodic":
