@@ -67,6 +67,16 @@ def mask_absent(logits: jax.Array, present: jax.Array) -> jax.Array:
     return jnp.where(present > 0, logits, ABSENT)
 
 
+def unit_rows(x: jax.Array) -> jax.Array:
+    """Each row divided by its length; a row of zeros stays one, with a finite derivative.
+
+    >>> print(unit_rows(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
+    [[0.6 0.8]
+     [0.  0. ]]
+    """
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))
+
+
 def check_ways(learner: str, ways: int) -> None:
     """Refuse what is no number of classes."""
     if isinstance(ways, bool) or not isinstance(ways, int) or ways < 2:

@@ -11,6 +11,7 @@ from bilevel.learners.embedding import (
     embed_noisily_with,
     embed_with,
     memberships,
+    unit_rows,
 )
 from bilevel.nets import Net
 from bilevel.problem import Learner
@@ -85,13 +86,3 @@ def matching_net(net: Net, ways: int, *, scale: float = 10.0, learn_scale: bool 
         logits=lambda params, meta, x: answer(params, meta, embed(meta, x)),
         noisy_logits=lambda params, meta, x, key: answer(params, meta, embed_noisily(meta, x, key)),
     )
-
-
-def unit_rows(x: jax.Array) -> jax.Array:
-    """Each row divided by its length; a row of zeros stays one, with a finite derivative.
-
-    >>> print(unit_rows(jnp.array([[3.0, 4.0], [0.0, 0.0]])))
-    [[0.6 0.8]
-     [0.  0. ]]
-    """
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-12))
