@@ -138,7 +138,7 @@ def test_padding_and_absent_classes_count_nowhere(x64, name):
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_learns(name):
-    """A few outer steps on tasks that the raw inputs do not tell: one direction matters, much noise elsewhere."""
+    """A few outer steps on tasks where one direction matters, and the others are noise."""
 
     def sample(key):
         keys = jax.random.split(key, 3)
@@ -299,7 +299,7 @@ def test_refused_while_running():
     meta = learner.init_meta(KEY)
     with pytest.raises(ValueError, match=r"one number a pair, \[12, 1\], got \(12, 2\)"):
         logits_of(learner, meta, task)
-    with pytest.raises(TypeError, match="Svm.features must be a function"):
+    with pytest.raises(TypeError, match=r"Svm\.features must be a function"):
         Svm(3, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"features \[n, d\] and labels \[n\]"):
         Svm(lambda meta, x: x, 3).loss(jnp.zeros((2, 3)), None, (jnp.ones((4, 2)), jnp.zeros(3)), KEY)

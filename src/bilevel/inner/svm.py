@@ -23,8 +23,8 @@ class Svm:
         g(W) = ½ |W|² + Σᵢ hinge_ε(Wᵀ xᵢ, yᵢ)
         hinge_ε(s, y) = max over b ≥ 0, Σb = C of  Σ_k b_k (1[k ≠ y] + s_k − s_y) − ½ ε |C 1_y − b|²
 
-    With ε = 0 that is C max_k (1[k ≠ y] + s_k − s_y), the usual hinge; ε > 0 rounds its corners, so that g has
-    a gradient everywhere. Its dual is a quadratic program over one simplex an example,
+    With ε = 0 that is C max_k (1[k ≠ y] + s_k − s_y), the usual hinge; ε > 0 rounds its corners, so that g
+    has a gradient everywhere. Its dual is a quadratic program over one simplex an example,
 
         min over B of ½ ⟨C Y − B, (X Xᵀ + ε I)(C Y − B)⟩ + ⟨B, Y⟩,    W = Xᵀ (C Y − B)
 

@@ -1,7 +1,5 @@
 """Baseline++: a classifier pretrained on all classes at once, whose head is trained anew for every task."""
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from bilevel.hypergrad import Unroll
@@ -41,7 +39,8 @@ def baseline_pp(
             they share meta. Without one the embedding is trained through the inner loop.
 
     Returns:
-        A `Learner` whose meta is that of `trained_by`, else `{"embed": ...}`; params are `{"w" [ways, width]}`.
+        A `Learner` whose meta is that of `trained_by`, else `{"embed": ...}`; params are
+        `{"w" [ways, width]}`.
 
     Raises:
         ValueError: when `ways` is below 2, or a figure is not positive.

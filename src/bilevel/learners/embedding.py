@@ -88,8 +88,8 @@ def no_start(learner: str) -> Callable[[Meta, Key], NoReturn]:
 
     def init(meta, key):
         raise ValueError(
-            f"{learner} solves its inner problem by a formula and has no starting point; keep its own solver, "
-            "with bl.hypergrad.Unroll(), Mixed() or Forward()"
+            f"{learner} solves its inner problem by a formula and has no starting point; keep its own "
+            "solver, with bl.hypergrad.Unroll(), Mixed() or Forward()"
         )
 
     return init

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import jax
 import optax
 
 from bilevel.hypergrad import Unroll

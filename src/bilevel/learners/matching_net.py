@@ -23,8 +23,8 @@ def matching_net(net: Net, ways: int, *, scale: float = 10.0, learn_scale: bool 
         p_c(x) = Σ_{i: y_i = c} a_i(x),   a(x) = softmax over i of  s cos(embed(θ, x), embed(θ, x_i))
 
     The logits are log p. Labels of −1 are padding and count nowhere; a class without support is never
-    answered. The embeddings are those of the examples alone: the paper's full-context embeddings (an LSTM over
-    the support) are not part of this; they add little on Omniglot by its own table.
+    answered. The embeddings are those of the examples alone: the paper's full-context embeddings (an LSTM
+    over the support) are not part of this; they add little on Omniglot by its own table.
 
     Args:
         net: an embedding, `x [n, ...] -> [n, d]`, for instance `conv4(None, 64)`.

@@ -24,8 +24,8 @@ def metaoptnet(
 
         φ = argmin ½ |W|² + Σᵢ hinge_ε(Wᵀ embed(θ, xᵢ), yᵢ),   logits(x) = s embed(θ, x) φ
 
-    with the multi-class hinge of `bl.inner.svm.Svm`, smoothed as the paper's program does. s is learned with the
-    embedding, as a logarithm. Labels of −1 are padding and count nowhere; a class without support is never
+    with the multi-class hinge of `bl.inner.svm.Svm`, smoothed as the paper's program does. s is learned with
+    the embedding, as a logarithm. Labels of −1 are padding and count nowhere; a class without support is never
     answered.
 
     Args:

@@ -2,9 +2,6 @@
 
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-
 from bilevel.learners.embedding import unit_rows
 from bilevel.learners.pretraining import TrainedBy
 from bilevel.learners.protonet import protonet

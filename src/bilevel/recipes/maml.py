@@ -1,17 +1,17 @@
 """The settings that all MAML recipes share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-import optax
-
 from bilevel import hypergrad
-from bilevel.inner import Gradient
 from bilevel.learners import Fixed, PerLayerPerStep, PerParameter, maml
+from bilevel.learners.from_scratch import from_scratch
 from bilevel.learners.maml import AllBut
 from bilevel.nets import Net
-from bilevel.problem import Learner, Problem
+from bilevel.problem import Learner
+
+__all__ = ["Maml", "from_scratch"]  # the second is where recipes look for it
 
 _ESTIMATORS = {
     "mixed": hypergrad.Mixed,
@@ -52,16 +52,3 @@ class Maml:
             adapt=AllBut("head") if self.adapt == "body" else self.adapt,
             estimator=estimator,
         )
-
-
-def from_scratch(
-    net: Net, loss: Callable, optimizer: optax.GradientTransformation, num_steps: int
-) -> Learner:
-    """The baseline without meta-learning: a fresh random model trained on the support batch alone."""
-    learner = maml(net, loss)
-
-    def start(meta, key):
-        return net.init(key)
-
-    problem: Problem = replace(learner.problem, init=start)
-    return replace(learner, problem=problem, solver=Gradient(optimizer, num_steps), init_meta=None)
