@@ -36,8 +36,8 @@ def simplex_qp(matrix: jax.Array, linear: jax.Array) -> tuple[jax.Array, jax.Arr
     OptNet, 2017 (the derivative).
 
     >>> b, z = simplex_qp(jnp.eye(1), jnp.array([[0.0, 0.5, 9.0]]))
-    >>> print(jnp.round(b, 3), jnp.sum(b * z) < 1e-5)
-    [[0.75 0.25 0.  ]] True
+    >>> [round(float(element), 3) for element in b[0]], bool(jnp.sum(b * z) < 1e-5)
+    ([0.75, 0.25, 0.0], True)
     """
     b, z, _, _ = _interior_point(matrix, linear, 1e-18 if linear.dtype == jnp.float64 else 1e-10)
     return b, z

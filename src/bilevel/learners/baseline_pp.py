@@ -50,7 +50,7 @@ def baseline_pp(
 
     Reference: Chen, Liu, Kira, Wang, Huang, A closer look at few-shot classification, 2019.
 
-    >>> import bilevel as bl
+    >>> import bilevel as bl, jax, jax.numpy as jnp
     >>> learner = baseline_pp(bl.nets.mlp([2, 8, 4]), ways=3, width=4, num_steps=5)
     >>> meta = learner.init_meta(jax.random.key(0))
     >>> task = bl.Task((jnp.eye(3, 2) + 1, jnp.arange(3)), None)

@@ -30,7 +30,7 @@ def from_scratch(
 
     Cost: `num_steps` gradients a task.
 
-    >>> import bilevel as bl
+    >>> import bilevel as bl, jax
     >>> learner = from_scratch(bl.nets.mlp([1, 8, 1]), bl.learners.mean_squared_error, optax.adam(1e-2), 3)
     >>> params = bl.adapt(learner, {}, bl.tasks.sinusoid(jax.random.key(0)), jax.random.key(1))
     >>> sorted(params)

@@ -24,9 +24,9 @@ def metaoptnet(
 
         φ = argmin ½ |W|² + Σᵢ hinge_ε(Wᵀ embed(θ, xᵢ), yᵢ),   logits(x) = s embed(θ, x) φ
 
-    with the multi-class hinge of `bl.inner.svm.Svm`, smoothed as the paper's program does. s is learned with
-    the embedding, as a logarithm. Labels of −1 are padding and count nowhere; a class without support is never
-    answered.
+    with the multi-class hinge of `bl.inner.svm.Svm`, smoothed as the paper's program does. s is learned
+    with the embedding, as a logarithm. Labels of −1 are padding and count nowhere; a class without support
+    is never answered.
 
     Args:
         net: an embedding, `x [n, ...] -> [n, d]`, for instance `conv4(None, 64)` or `resnet12(None)`.

@@ -34,7 +34,7 @@ def nearest_centroid(
 
     Reference: Wang, Chao, Weinberger, van der Maaten, SimpleShot, 2019; Mensink et al., 2013.
 
-    >>> import bilevel as bl
+    >>> import bilevel as bl, jax, jax.numpy as jnp
     >>> learner = nearest_centroid(pixels(), ways=2)
     >>> task = bl.Task((jnp.eye(2), jnp.arange(2)), None)
     >>> params = bl.adapt(learner, {"embed": {}}, task, jax.random.key(1))
@@ -56,6 +56,7 @@ def nearest_centroid(
 def pixels() -> Net:
     """The embedding that is none: a picture as a vector of its pixels; nothing to learn.
 
+    >>> import jax.numpy as jnp
     >>> pixels().apply({}, jnp.ones((2, 28, 28, 1))).shape
     (2, 784)
     """

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import bilevel as bl
@@ -19,7 +21,7 @@ class Embedding:
     """The network that embeds."""
 
     filters: int = 64
-    """Width of conv4, and of its features with pictures of 28 x 28."""
+    """Width of conv4; features are four times as many with pictures of 28 x 28."""
     downsample: Literal["stride", "pool"] = "stride"
     """pool is that of the papers; stride takes a quarter of its time."""
     norm: Literal["layer", "group", "batch", "none"] = "layer"
@@ -37,8 +39,9 @@ class Embedding:
 
     def width(self, task: FewShotData) -> int:
         """Features of a picture."""
-        height, width, _ = task.image_shape
-        return self.filters * (1 if self.downsample == "stride" else (height // 16) * (width // 16))
+        net, shape = self.net(task), (1, *task.image_shape)
+        features = jax.eval_shape(lambda key: net.apply(net.init(key), jnp.zeros(shape)), jax.random.key(0))
+        return features.shape[-1]
 
     @property
     def statistics(self) -> str:

@@ -6,12 +6,9 @@ from typing import Literal
 
 from bilevel import hypergrad
 from bilevel.learners import Fixed, PerLayerPerStep, PerParameter, maml
-from bilevel.learners.from_scratch import from_scratch
 from bilevel.learners.maml import AllBut
 from bilevel.nets import Net
 from bilevel.problem import Learner
-
-__all__ = ["Maml", "from_scratch"]  # the second is where recipes look for it
 
 _ESTIMATORS = {
     "mixed": hypergrad.Mixed,

@@ -1,5 +1,6 @@
 """Minibatches of the whole classification problem: what a pretrained baseline is trained on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,7 +27,7 @@ class Minibatch:
 
     Raises:
         ValueError: when `size` is below 1.
-        TypeError: when the first task is drawn from a source that is neither.
+        TypeError: when it is asked for a task, or the number of classes, of a source that is neither.
 
     >>> import numpy as np
     >>> source = FewShot(np.zeros((30, 8, 8), np.uint8), np.arange(30) % 3, ways=2, shots=1, queries=1)
@@ -35,7 +36,7 @@ class Minibatch:
     ((16, 8, 8, 1), [0, 1, 2])
     """
 
-    source: FewShot | Glyphs
+    source: Callable[[Key], Task]
     size: int = field(metadata={"static": True})
 
     def __post_init__(self):
@@ -45,22 +46,25 @@ class Minibatch:
     @property
     def num_classes(self) -> int:
         """How many classes there are, rotated ones included."""
-        return self.source.num_classes
+        return self._known().num_classes
 
     def __call__(self, key: Key) -> Task:
         """Draw one: (x [1, ...], y int32 [1]) as support, (x [size, ...], y int32 [size]) as query."""
-        if not isinstance(self.source, FewShot | Glyphs):
-            raise TypeError(f"Minibatch needs a FewShot or a Glyphs, got {type(self.source).__name__}")
         class_key, example_key = jax.random.split(key)
         labels = jax.random.randint(class_key, (self.size,), 0, self.num_classes)
         keys = jax.random.split(example_key, self.size)
         x = jax.vmap(lambda label, key: self._example(label, key))(labels, keys)
         return Task(support=(x[:1], labels[:1]), query=(x, labels))
 
+    def _known(self) -> FewShot | Glyphs:
+        if not isinstance(self.source, FewShot | Glyphs):
+            raise TypeError(f"Minibatch needs a FewShot or a Glyphs, got {type(self.source).__name__}")
+        return self.source
+
     def _example(self, label: jax.Array, key: Key) -> jax.Array:
-        if isinstance(self.source, Glyphs):
-            return glyph(SPLITS[self.source.split][0] + label, key, self.source.size)
-        source = self.source
+        source = self._known()
+        if isinstance(source, Glyphs):
+            return glyph(SPLITS[source.split][0] + label, key, source.size)
         turns, of_class = jnp.divmod(label, source.counts.shape[0])
         x = source.images[source.starts[of_class] + jax.random.randint(key, (), 0, source.counts[of_class])]
         if source.rotations:
