@@ -116,9 +116,14 @@ def test_minibatch_labels_are_the_classes():
 
 
 def test_minibatch_of_glyphs():
+    def jaxpr(style):
+        sample = Minibatch(bl.tasks.Glyphs(split="validation", size=8, style=style), 3)
+        return str(jax.make_jaxpr(lambda key: sample(key).query[0])(KEY))
+
     sample = Minibatch(bl.tasks.Glyphs(split="validation", size=8), 3)
-    x, y = sample(KEY).query
+    x, y = jax.jit(sample)(KEY).query
     assert x.shape == (3, 8, 8, 1) and sample.num_classes == 1000 and y.max() < 1000
+    assert jaxpr("strokes") != jaxpr("handwriting")  # drawn in the style of the source
 
 
 def test_refused():

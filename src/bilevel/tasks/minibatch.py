@@ -10,7 +10,7 @@ from jax.tree_util import register_dataclass
 
 from bilevel.problem import Key, Task
 from bilevel.tasks.few_shot import FewShot
-from bilevel.tasks.glyphs import SPLITS, Glyphs, glyph
+from bilevel.tasks.glyphs import SPLITS, STYLES, Glyphs
 
 
 @register_dataclass
@@ -64,7 +64,7 @@ class Minibatch:
     def _example(self, label: jax.Array, key: Key) -> jax.Array:
         source = self._known()
         if isinstance(source, Glyphs):
-            return glyph(SPLITS[source.split][0] + label, key, source.size)
+            return STYLES[source.style](SPLITS[source.split][0] + label, key, source.size)
         turns, of_class = jnp.divmod(label, source.counts.shape[0])
         x = source.images[source.starts[of_class] + jax.random.randint(key, (), 0, source.counts[of_class])]
         if source.rotations:
