@@ -27,8 +27,8 @@ LEVELS = (
     "__init__",  # re-exports what stands below; recipes may `import bilevel` as a user does
     "report",
     "analysis",
-    "train",
     "testing",  # conformance tables: for tests only
+    "train",
     "learners",
     "hypergrad",
     "inner",
@@ -49,6 +49,7 @@ HEAVY = {
     "orbax": ("train.checkpoint",),
     "PIL": ("report", "report.*", "tasks.omniglot*", "tasks.pictures"),
     "rich": ("train.display",),
+    "scipy": ("train.compare",),
     "tensorboardX": ("train.metrics",),
     "tyro": ("cli",),
 }

@@ -2,9 +2,9 @@
 
 Exact, through the steps or through a formula: `Unroll`, `Mixed`, `Forward`. Through the last steps only:
 `Truncated`. Of a converged inner problem: `Implicit`, `OneStep`. Without second derivatives: `FirstOrder`,
-`Reptile`, `Penalty`, `Bome`, `FiniteDifference`, `Sama`. In a single loop over minibatches: `Soba`, `Saba`,
-`MaSoba`, `AmIGO`, `StocBiO`, `F2sa`. Of values alone: `EvolutionStrategies`, `GuidedES`, `PES`, `NRES`,
-`ScoreFunction`.
+`Reptile`, `Penalty`, `Bome`, `FiniteDifference`, `Sama`; without them at first: `AnnealedOrder`. In a single
+loop over minibatches: `Soba`, `Saba`, `MaSoba`, `AmIGO`, `StocBiO`, `F2sa`. Of values alone:
+`EvolutionStrategies`, `GuidedES`, `PES`, `NRES`, `ScoreFunction`.
 """
 
 from bilevel.hypergrad.doubts import FirstOrderWarning, HypergradientWarning
@@ -13,6 +13,7 @@ from bilevel.hypergrad.evolution.guided_es import GuidedES
 from bilevel.hypergrad.evolution.nres import NRES
 from bilevel.hypergrad.evolution.pes import PES
 from bilevel.hypergrad.evolution.score_function import LeaveOneOut, MovingAverage, ScoreFunction
+from bilevel.hypergrad.first_order.annealed import AnnealedOrder
 from bilevel.hypergrad.first_order.bome import Bome
 from bilevel.hypergrad.first_order.finite_difference import FiniteDifference
 from bilevel.hypergrad.first_order.first_order import FirstOrder
@@ -42,6 +43,7 @@ __all__ = [
     "NRES",
     "PES",
     "AmIGO",
+    "AnnealedOrder",
     "Bome",
     "EvolutionStrategies",
     "F2sa",

@@ -3,6 +3,19 @@
 from bilevel.nets.conv4 import conv4
 from bilevel.nets.mlp import mlp
 from bilevel.nets.net import Net
+from bilevel.nets.norms import BatchNorm, GroupNorm, LayerNorm, NoNorm, SupportNorm
+from bilevel.nets.resnet12 import resnet12
 from bilevel.nets.transformer import transformer
 
-__all__ = ["Net", "conv4", "mlp", "transformer"]
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "LayerNorm",
+    "Net",
+    "NoNorm",
+    "SupportNorm",
+    "conv4",
+    "mlp",
+    "resnet12",
+    "transformer",
+]

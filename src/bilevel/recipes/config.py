@@ -10,14 +10,46 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from bilevel.recipes.baseline_pp import BaselinePP
+from bilevel.recipes.cavia import Cavia
+from bilevel.recipes.cavia_sinusoid import CaviaSinusoid
+from bilevel.recipes.glyphs_to_omniglot import GlyphsToOmniglot
+from bilevel.recipes.imaml import Imaml
+from bilevel.recipes.learned_augmentation import LearnedAugmentation
 from bilevel.recipes.maml_glyphs import MamlGlyphs
 from bilevel.recipes.maml_omniglot import MamlOmniglot
+from bilevel.recipes.maml_plus_plus import MamlPlusPlus
 from bilevel.recipes.maml_sinusoid import MamlSinusoid
+from bilevel.recipes.matching_net import MatchingNet
+from bilevel.recipes.meta_curvature import MetaCurvature
+from bilevel.recipes.metaoptnet import MetaOptNet
+from bilevel.recipes.protonet import ProtoNet
+from bilevel.recipes.r2d2 import R2D2
+from bilevel.recipes.relation_net import RelationNet
+from bilevel.recipes.reptile import Reptile
+from bilevel.recipes.reptile_sinusoid import ReptileSinusoid
+from bilevel.recipes.warp_grad import WarpGrad
 
 RECIPES: dict[str, type] = {
     "maml-glyphs": MamlGlyphs,
     "maml-omniglot": MamlOmniglot,
     "maml-sinusoid": MamlSinusoid,
+    "maml-plus-plus": MamlPlusPlus,
+    "learned-augmentation": LearnedAugmentation,
+    "reptile": Reptile,
+    "reptile-sinusoid": ReptileSinusoid,
+    "imaml": Imaml,
+    "cavia": Cavia,
+    "cavia-sinusoid": CaviaSinusoid,
+    "meta-curvature": MetaCurvature,
+    "warp-grad": WarpGrad,
+    "protonet": ProtoNet,
+    "matching-net": MatchingNet,
+    "relation-net": RelationNet,
+    "r2d2": R2D2,
+    "metaoptnet": MetaOptNet,
+    "baseline-plus-plus": BaselinePP,
+    "glyphs-to-omniglot": GlyphsToOmniglot,
 }
 
 

@@ -4,15 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
 import optax
 
 import bilevel as bl
 from bilevel.learners.protonet import protonet
-from bilevel.nets import Net
-from bilevel.nets.convolution import patches, product
-from bilevel.nets.norms import LayerNorm
 from bilevel.recipes.experiment import Experiment
 from bilevel.tasks import FewShot
 
@@ -54,7 +50,7 @@ class GlyphsToOmniglot:
     def build(self) -> Experiment:
         """Put the experiment together; Omniglot is read first, so that a run without a test never starts."""
         test, everyone = self._omniglot()
-        net = _embedding(self.filters)
+        net = bl.nets.conv4(None, self.filters, norm="layer")
         schedule = optax.cosine_decay_schedule(self.learning_rate, self.num_meta_steps, alpha=0.01)
 
         def glyphs(split: str, ways: int, queries: int):
@@ -89,22 +85,3 @@ class GlyphsToOmniglot:
         images = np.concatenate([np.asarray(part.images) for part in parts])
         labels = np.concatenate([np.asarray(part.labels) for part in parts])
         return parts[0], FewShot(images, labels, self.ways, self.shots, self.eval_queries)
-
-
-def _embedding(filters: int) -> Net:
-    """conv4 with layer norm, whose features stay at their 2 x 2 places: `[n, 28, 28, 1] -> [n, 4 filters]`.
-
-    Their mean over space, which `conv4(None, ...)` gives, forgets where a stroke was: four points
-    worse after 1000 steps.
-    """
-    init, norm = bl.nets.conv4(None, filters, norm="layer").init, LayerNorm()
-
-    def apply(params, x):
-        for block in (params[f"block_{i}"] for i in range(4)):
-            x = patches(x, stride=2)
-            n, h, w, k = x.shape
-            y = product(x.reshape(1, n, h * w, k), block["w"])
-            x = jax.nn.relu(norm(y, block["scale"], block["bias"])).reshape(n, h, w, filters)
-        return x.reshape(x.shape[0], -1)
-
-    return Net(init, apply)

@@ -8,7 +8,6 @@ import bilevel as bl
 from bilevel.learners.imaml import imaml
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.few_shot import FewShotData
-from bilevel.recipes.maml import from_scratch
 
 
 @dataclass(frozen=True)
@@ -52,5 +51,5 @@ class Imaml:
             learner,
             optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.num_meta_steps, alpha=0.01)),
             eval_steps=self.eval_steps,
-            scratch=from_scratch(net, loss, optax.adam(1e-2), 20),
+            scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
         )

@@ -15,7 +15,6 @@ from bilevel.nets import Net
 from bilevel.problem import Learner
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.few_shot import FewShotData
-from bilevel.recipes.maml import from_scratch
 from bilevel.tasks.augment import affine, compose, intensity, noise
 
 STRENGTHS = ("shift", "rotation", "scale", "shear", "contrast", "noise")
@@ -161,5 +160,5 @@ class LearnedAugmentation:
                 {"rest": adam(self.learning_rate), "strength": adam(self.strength_learning_rate)}, labels
             ),
             eval_steps=self.num_steps,
-            scratch=from_scratch(net, loss, optax.adam(1e-2), 20),
+            scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
         )

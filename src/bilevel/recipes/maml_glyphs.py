@@ -8,7 +8,7 @@ import optax
 import bilevel as bl
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.few_shot import FewShotData
-from bilevel.recipes.maml import Maml, from_scratch
+from bilevel.recipes.maml import Maml
 
 
 @dataclass(frozen=True)
@@ -41,5 +41,5 @@ class MamlGlyphs:
             self.maml.learner(net, loss),
             optax.adam(schedule),
             eval_steps=self.eval_steps,
-            scratch=from_scratch(net, loss, optax.adam(1e-2), 20),
+            scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
         )

@@ -10,7 +10,6 @@ from bilevel.learners.maml_plus_plus import maml_plus_plus
 from bilevel.nets.norms import SupportNorm
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.few_shot import FewShotData
-from bilevel.recipes.maml import from_scratch
 from bilevel.tasks.with_support import with_support
 
 
@@ -90,7 +89,7 @@ class MamlPlusPlus:
                 "group": "group norm",
                 "layer": "layer norm",
             }[self.norm],
-            scratch=from_scratch(net, loss, optax.adam(1e-2), 20),
+            scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
             **more,
         )
 

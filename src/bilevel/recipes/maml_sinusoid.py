@@ -7,7 +7,7 @@ import optax
 
 import bilevel as bl
 from bilevel.recipes.experiment import Experiment
-from bilevel.recipes.maml import Maml, from_scratch
+from bilevel.recipes.maml import Maml
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,6 @@ class MamlSinusoid:
             protocol=f"{self.shots} points of a new sinusoid, mean squared error at 100 others",
             eval_steps=self.eval_steps,
             eval_tasks=self.eval_tasks,
-            scratch=from_scratch(net, loss, optax.adam(1e-2), 50),
+            scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 50),
             pictures="regression",
         )

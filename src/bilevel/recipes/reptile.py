@@ -8,7 +8,6 @@ import bilevel as bl
 from bilevel.learners.reptile import reptile
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.few_shot import FewShotData
-from bilevel.recipes.maml import from_scratch
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Reptile:
             learner,
             optax.sgd(optax.linear_schedule(self.learning_rate, 0.0, self.num_meta_steps)),
             eval_steps=self.eval_steps,
-            scratch=from_scratch(net, loss, optax.adam(1e-2), 20),
+            scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
             sample_tasks=bl.tasks.batch(
                 self.task.sampler("train", ways=self.task.train_ways, shots=self.train_shots),
                 self.task.num_tasks,

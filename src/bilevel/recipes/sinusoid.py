@@ -8,7 +8,6 @@ import optax
 import bilevel as bl
 from bilevel.problem import Learner
 from bilevel.recipes.experiment import Experiment
-from bilevel.recipes.maml import from_scratch
 
 
 def sinusoid_experiment(
@@ -45,7 +44,7 @@ def sinusoid_experiment(
         "protocol": f"{shots} points of a new sinusoid, mean squared error at 100 others",
         "eval_steps": eval_steps,
         "eval_tasks": eval_tasks,
-        "scratch": from_scratch(net, loss, optax.adam(1e-2), 50),
+        "scratch": bl.learners.from_scratch(net, loss, optax.adam(1e-2), 50),
         "pictures": "regression",
     }
     return Experiment(learner, optimizer, **(fields | more))

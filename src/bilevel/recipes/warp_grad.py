@@ -8,7 +8,6 @@ import bilevel as bl
 from bilevel.learners.warp_grad import linear_warps, warp_grad
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.few_shot import FewShotData
-from bilevel.recipes.maml import from_scratch
 
 
 @dataclass(frozen=True)
@@ -41,5 +40,5 @@ class WarpGrad:
             learner,
             optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.num_meta_steps, alpha=0.01)),
             eval_steps=self.eval_steps,
-            scratch=from_scratch(net, loss, optax.adam(1e-2), 20),
+            scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
         )

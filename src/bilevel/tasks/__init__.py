@@ -1,29 +1,64 @@
 """Task distributions: every one is a sampler, `sample(key) -> Task`, that runs on the device."""
 
+from bilevel.tasks import augment
 from bilevel.tasks.convert import Layout, convert
+from bilevel.tasks.episodes import EqualShots, MetaDatasetShots, UnequalShots, VaryingFewShot
 from bilevel.tasks.few_shot import FewShot
+from bilevel.tasks.gaussian_process import GaussianProcess
 from bilevel.tasks.glyphs import Glyphs, glyph
+from bilevel.tasks.harmonics import harmonics
+from bilevel.tasks.hold_out import hold_out
+from bilevel.tasks.image_completion import ImageCompletion
+from bilevel.tasks.minibatch import Minibatch
 from bilevel.tasks.omniglot import omniglot
 from bilevel.tasks.prefetch import HostFewShot, HostTasks, hosted
 from bilevel.tasks.sampling import batch, choose, classification
 from bilevel.tasks.sinusoid import sinusoid
 from bilevel.tasks.stored import load, open_stored, stored
+from bilevel.tasks.task_augment import (
+    augmented,
+    changed,
+    metamix,
+    mislabeled,
+    mixed_classes,
+    relabeled,
+    shifted_targets,
+)
+from bilevel.tasks.with_support import with_support
 
 __all__ = [
+    "EqualShots",
     "FewShot",
+    "GaussianProcess",
     "Glyphs",
     "HostFewShot",
     "HostTasks",
+    "ImageCompletion",
     "Layout",
+    "MetaDatasetShots",
+    "Minibatch",
+    "UnequalShots",
+    "VaryingFewShot",
+    "augment",
+    "augmented",
     "batch",
+    "changed",
     "choose",
     "classification",
     "convert",
     "glyph",
+    "harmonics",
+    "hold_out",
     "hosted",
     "load",
+    "metamix",
+    "mislabeled",
+    "mixed_classes",
     "omniglot",
     "open_stored",
+    "relabeled",
+    "shifted_targets",
     "sinusoid",
     "stored",
+    "with_support",
 ]

@@ -13,6 +13,7 @@ import optax
 
 from bilevel.hypergrad import (
     AmIGO,
+    AnnealedOrder,
     EvolutionStrategies,
     FirstOrder,
     FirstOrderWarning,
@@ -86,6 +87,7 @@ ESTIMATORS: dict[str, Row] = {
     "stocbio": Row(StocBiO(0.2, num_neumann=3000), "implicit", _FIVE, calls=300, slow=True),
     "evolution-strategies": Row(EvolutionStrategies(sigma=0.3, num_pairs=2), "expected", calls=4000),
     "first-order": Row(FirstOrder(), "first_order"),
+    "annealed-order": Row(AnnealedOrder(Mixed(), 0), "exact"),
     "multi-step": Row(MultiStep(), "every_step"),
     "multi-step-unroll": Row(MultiStep(adjoint=Unroll(checkpoint=3)), "every_step"),
 }

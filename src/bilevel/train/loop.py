@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bilevel.hypergrad.doubts import Doubter
@@ -25,7 +25,7 @@ from bilevel.train.display import progress
 from bilevel.train.metrics import MetricsWriter, read_metrics
 from bilevel.train.step import MetaState, Metrics, meta_step, num_tasks
 
-OnChunk = Callable[[MetaState, dict[str, float]], None]
+OnChunk = Callable[[MetaState, dict[str, float]], bool | None]
 
 
 class HypergradientError(FloatingPointError):
@@ -98,7 +98,8 @@ def train(
         state: from `init_state`; it counts the steps already done.
         options: chunking and checkpoints.
         run: a folder for checkpoints and metrics; without one nothing is written and nothing is shown.
-        on_chunk: called with the state and the mean metrics after every chunk.
+        on_chunk: called with the state and the mean metrics after every chunk; True asks the run to stop,
+            and figures put into the metrics are written too.
 
     Returns:
         The last state. Its `step` is below `num_meta_steps` when SIGTERM or Ctrl-C asked the run to
@@ -140,7 +141,8 @@ def train(
         allowed = options.zero_leaves == "allow" or getattr(learner.estimator, "rests", False)
         saved = int(state.step)
         begin = time.perf_counter() - (_seconds_before(run) if run else 0.0)
-        while int(state.step) < num_meta_steps and not stop_asked():
+        enough = False  # a callback has asked to stop
+        while int(state.step) < num_meta_steps and not (enough or stop_asked()):
             started, first = time.perf_counter(), int(state.step)
             state, log, finite = chunk(state, min(options.chunk_size, num_meta_steps - first))
             done = int(state.step)
@@ -154,11 +156,11 @@ def train(
                 doubter(values)
                 values["steps_per_second"] = (done - first) / (time.perf_counter() - started)
                 for callback in on_chunk:
-                    callback(state, values)
+                    enough = bool(callback(state, values)) or enough
                 if writer is not None and display is not None:
                     writer.write(done, time.perf_counter() - begin, values)
                     display.update(done, values)
-            ended = done >= num_meta_steps or problem is not None or stop_asked()
+            ended = done >= num_meta_steps or problem is not None or enough or stop_asked()
             due = ended or done - saved >= options.checkpoint_every
             if checkpoints is not None and run is not None and done > saved and due:
                 checkpoints.save(done, state, run.fingerprint)
@@ -205,12 +207,14 @@ def _compile(learner, optimizer, sample_tasks, state, options):
         compiled = jax.jit(run)
         return lambda state, num_steps: compiled(arrays, state, num_steps)
     # All is whole on each device but the estimator's state, which stays with its tasks.
-    mesh, specs = tasks_mesh(shard.devices), MetaState(P(), P(), P(AXIS), P(), P())
+    mesh: Mesh = tasks_mesh(shard.devices)
+    places: Any = (P(AXIS) if name == "estimator_state" else P() for name in MetaState._fields)
+    specs = MetaState(*places)
     run = jax.shard_map(
         run, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(specs, P(), P()), check_vma=False
     )
     compiled, first = jax.jit(run), mesh.devices[0]
-    whole, places = NamedSharding(mesh, P()), MetaState(*(NamedSharding(mesh, spec) for spec in specs))
+    whole, places = NamedSharding(mesh, P()), jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     arrays = jax.device_put(arrays, whole)
 
     def spread(state, num_steps):
