@@ -55,7 +55,7 @@ lock: ## rewrite requirements.lock from pyproject.toml (UPGRADE=--upgrade moves 
 	rm -rf .venv-lock
 
 clean: ## remove the environments and caches; runs/ stays
-	rm -rf .venv .venv-peers .venv-lock .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf .venv .venv-peers .venv-lock .pytest_cache .ruff_cache .jax_cache build dist src/*.egg-info
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last, so an interrupted installation starts again from an empty folder.

@@ -9,6 +9,10 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)  # for tests/test_sharding.py; all others run on the first
+# Most of a test is compilation, and many compile the same: a run that is cut and resumed, for instance.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")

@@ -336,3 +336,14 @@ def test_a_start_that_is_forgotten_is_no_fault_of_implicit_differentiation():
 def test_a_random_direction_is_caught():
     draw = Changed(lambda grad, key: {**grad, "init": jnp.array([1.0, -1.0, 1.0, -1.0]) * 50})
     assert on_quadratic(draw).trust == "no"
+
+
+def test_a_formula_without_a_start_is_checked_too():
+    """A prototypical network has no init: its prototypes are computed at once."""
+    learner = bl.learners.protonet(bl.nets.mlp([2, 3], jnp.tanh), ways=2)
+    x, y = jnp.array([[[0.0, 1.0], [1.0, 0.2], [0.3, 0.9]]]), jnp.array([[0, 1, 0]])
+    report = bl.check(
+        learner.problem, learner.solver, learner.estimator, learner.init_meta(KEY), bl.Task((x, y), (x + 0.3, y)), KEY
+    )
+    assert "finite differences" in report.compared_with or report.trust == "yes", report
+    assert not report.verdict.startswith("Do not trust it: the problem"), report

@@ -1,5 +1,7 @@
 """The protocol's figures against what they must be: intervals, chunks, calibration, specialization."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from bilevel.recipes.splits import seen_classes, unseen, validation_classes, wit
 from bilevel.tasks.hold_out import hold_out
 from bilevel.train.calibration import calibration, tally
 from bilevel.train.evaluate import sketch
-from bilevel.train.intervals import Curve, all_right, independent_difference, interval
+from bilevel.train.intervals import Curve, all_right, diverged, independent_difference, interval
 from bilevel.train.specialization import specialization
 from bilevel.train.transduction import in_words, transduction
 
@@ -38,6 +40,17 @@ def test_all_tasks_right_is_not_certainty():
     assert interval(np.ones(600)).ci95 == 0
     assert "0.50 %" in all_right(np.ones(600))
     assert all_right(np.array([1.0, 0.8])) is None
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_inner_loop_that_diverges_is_told():
+    learner = bl.maml(bl.nets.mlp([1, 4, 1]), bl.learners.mean_squared_error, rates=50.0, num_steps=6)
+    meta, key = learner.init_meta(jax.random.key(0)), jax.random.key(1)
+    losses = bl.evaluate(learner, meta, bl.tasks.sinusoid, key, num_tasks=8).per_task["query_loss"]
+    assert re.fullmatch(r"the inner loop diverges on \d of 8 tasks, from step [1-6] on: .*", diverged(losses))
+    assert diverged(losses[:, :1]) is None
+    found = specialization(learner, meta, bl.tasks.sinusoid, key, num_tasks=8)
+    assert found.reading().endswith("the inner loop diverges on some tasks")
 
 
 def test_chunks_do_not_change_a_bit(classifier):

@@ -138,7 +138,7 @@ def advise(
         require_positive("advise", seconds=seconds)
     meta, tasks = in_arrays(meta), in_arrays(tasks)
     try:
-        require_scalar_losses(problem, meta, task_at(tasks, 0), key)
+        require_scalar_losses(problem, solver, meta, task_at(tasks, 0), key)
     except Exception as error:
         raise ValueError(f"the problem itself cannot run ({one_line(error)}); bl.check says more") from error
     some = first_tasks(tasks, num_tasks)

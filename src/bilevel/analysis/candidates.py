@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import hypergrad
+from bilevel.analysis.objective import params_like
 from bilevel.hypergrad.common import split_keys
 from bilevel.hypergrad.residuals import norm
 from bilevel.inner.checkpointing import Sqrt
@@ -49,7 +50,7 @@ def _table(problem, solver, meta, task, key) -> Iterator[tuple[str, Callable[[],
     h: Any = hypergrad
     steps = solver.num_steps if isinstance(solver, IterativeSolver) else 0
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(meta))
-    params = jax.eval_shape(problem.init, meta, key)
+    params = params_like(problem, solver, meta, task, key)
     rank = min(10, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)))
     curvature: list[float] = []
 

@@ -93,7 +93,7 @@ def _check(
         given = count_tasks(tasks)
         tasks = first_tasks(tasks, num_tasks)
         task = task_at(tasks, 0)
-        require_scalar_losses(problem, meta, task, key)
+        require_scalar_losses(problem, solver, meta, task, key)
     except Exception as error:
         return _failed(name, f"the problem itself cannot run ({one_line(error)})")
     with jax.enable_x64(True):

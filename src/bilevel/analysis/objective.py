@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.hypergrad.common import as_floats, split_keys
-from bilevel.problem import InnerSolver, Key, Meta, Problem, Scalar, Task
+from bilevel.problem import InnerSolver, Key, Meta, Params, Problem, Scalar, Task
 from bilevel.train.step import num_tasks
 
 
@@ -35,7 +35,19 @@ def objective(problem: Problem, solver: InnerSolver, tasks: Task) -> Callable[[M
     return mean
 
 
-def require_scalar_losses(problem: Problem, meta: Meta, task: Task, key: Key) -> None:
+def is_formula(solver: InnerSolver) -> bool:
+    """Whether the inner solution is computed at once: such a problem may have no start."""
+    return getattr(solver, "closed_form", False)
+
+
+def params_like(problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key) -> Params:
+    """The shapes of what the inner loop adapts; nothing is run."""
+    if is_formula(solver):
+        return jax.eval_shape(lambda meta: solver.solve(problem, meta, task, key).params, meta)
+    return jax.eval_shape(problem.init, meta, key)
+
+
+def require_scalar_losses(problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key) -> None:
     """Refuse a meta without derivatives and losses that are no scalars, before anything is differentiated.
 
     Raises:
@@ -43,7 +55,7 @@ def require_scalar_losses(problem: Problem, meta: Meta, task: Task, key: Key) ->
         ValueError: when a loss has a shape.
     """
     as_floats(in_arrays(meta))
-    params = jax.eval_shape(problem.init, meta, key)
+    params = params_like(problem, solver, meta, task, key)
     for name, batch in (("inner_loss", task.support), ("outer_loss", task.query)):
         shape = jax.eval_shape(getattr(problem, name), params, meta, batch, key).shape
         if shape != ():

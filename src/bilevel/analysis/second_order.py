@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core.primitives import custom_jvp_call_p
 from jax.interpreters import ad
 
+from bilevel.analysis.objective import is_formula, params_like
 from bilevel.analysis.sources import inside_function, where, written_by_user
 from bilevel.problem import InnerSolver, IterativeSolver, Key, Meta, Problem, Task
 
@@ -69,13 +70,14 @@ def find_operations(
     >>> [f.operation for f in find_operations(problem, solver, 1.0, bl.Task(None, None), jax.random.key(0))]
     ['round']
     """
-    params = jax.eval_shape(problem.init, meta, key)
+    params = params_like(problem, solver, meta, task, key)
     # name, function, its differentiated arguments, the others
     traced: list[tuple[str, Callable, tuple, tuple]] = [
-        ("init", problem.init, (meta,), (key,)),
         ("inner_loss", problem.inner_loss, (params, meta), (task.support, key)),
         ("outer_loss", problem.outer_loss, (params, meta), (task.query, key)),
     ]
+    if not is_formula(solver):
+        traced.insert(0, ("init", problem.init, (meta,), (key,)))
     if isinstance(solver, IterativeSolver):
         traced.append(("inner optimizer", _optimizer_step(problem, solver), (params, params, meta), (key,)))
     findings: list[Finding] = []

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.analysis.objective import is_formula, params_like
 from bilevel.problem import InnerSolver, Key, Learner, Meta, Problem, Task
 
 
@@ -26,12 +27,13 @@ def impure_functions(problem: Problem, solver: InnerSolver, meta: Meta, task: Ta
     >>> impure_functions(problem, solver, 1.0, bl.Task(None, None), jax.random.key(0))
     ['inner_loss']
     """
-    params = jax.eval_shape(problem.init, meta, key)
+    params = params_like(problem, solver, meta, task, key)
     calls: dict[str, tuple[Callable, tuple]] = {
-        "init": (problem.init, (meta, key)),
         "inner_loss": (problem.inner_loss, (params, meta, task.support, key)),
         "outer_loss": (problem.outer_loss, (params, meta, task.query, key)),
     }
+    if not is_formula(solver):
+        calls["init"] = (problem.init, (meta, key))
     found = []
     for name, (function, args) in calls.items():
         first, second = (_trace(function, args) for _ in range(2))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from bilevel.analysis.objective import is_formula, params_like
 from bilevel.hypergrad.dependence import unused_leaves
 from bilevel.problem import InnerSolver, IterativeSolver, Key, Meta, Problem, Task
 
@@ -27,7 +28,8 @@ def routes(
     >>> sorted(found["['init']"]), sorted(found["['rate']"])
     (['init'], ['inner solver'])
     """
-    params = jax.eval_shape(problem.init, meta, key)
+    params = params_like(problem, solver, meta, task, key)
+    formula = is_formula(solver)  # it reads meta itself
     # The solver on its own: the problem's functions see a copy of meta that is not traced.
     alone: Any = replace(
         problem,
@@ -36,10 +38,13 @@ def routes(
     )
     functions = {
         "outer_loss": lambda m, p: problem.outer_loss(p, m, task.query, key),
-        "init": lambda m, p: problem.init(m, key),
-        "inner_loss": lambda m, p: problem.inner_loss(p, m, task.support, key),
-        "inner solver": lambda m, p: solver.solve(alone, m, task, key).params,
+        "inner solver": lambda m, p: solver.solve(problem if formula else alone, m, task, key).params,
     }
+    if not formula:
+        functions |= {
+            "init": lambda m, p: problem.init(m, key),
+            "inner_loss": lambda m, p: problem.inner_loss(p, m, task.support, key),
+        }
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(meta)]
     found: dict[str, set[str]] = {path: set() for path in paths}
     for name, function in functions.items():
@@ -47,7 +52,7 @@ def routes(
         for path in paths:
             if path not in unused:
                 found[path].add(name)
-    if not isinstance(solver, IterativeSolver):
+    if not (formula or isinstance(solver, IterativeSolver)):
         # A loop that runs to convergence hides what it reads: believe what the problem itself reads.
         for names in found.values():
             if len(names) > 1:

@@ -19,7 +19,7 @@ from bilevel.recipes.splits import Sampler, seen_classes, unseen, with_shots
 from bilevel.train.checkpoint import Checkpoints
 from bilevel.train.early_stopping import BEST
 from bilevel.train.evaluate import Evaluation, along_adaptation, evaluate, with_num_steps
-from bilevel.train.intervals import Curve, all_right, independent_difference, interval
+from bilevel.train.intervals import Curve, all_right, diverged, independent_difference, interval
 from bilevel.train.specialization import specialization
 from bilevel.train.transduction import in_words, transduction
 
@@ -222,8 +222,8 @@ def _last(curve: Curve) -> dict[str, float]:
 def _notes(result: Evaluation) -> list[str]:
     """What a reader must know before believing the headline."""
     accuracy = result.per_task.get("query_accuracy")
-    said = None if accuracy is None else all_right(accuracy[:, -1])
-    return [] if said is None else [said]
+    said = (diverged(result.per_task["query_loss"]), None if accuracy is None else all_right(accuracy[:, -1]))
+    return [note for note in said if note is not None]
 
 
 def _save_examples(run: Trained, steps: int | None, key: Key) -> None:

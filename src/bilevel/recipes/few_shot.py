@@ -107,7 +107,7 @@ class FewShotData:
                 "test", queries=count
             )
             for count in {1, many} - {self.eval_queries}
-            if "transductive" in statistics
+            if statistics.startswith("transductive")
         }
         fields = {
             "sample_tasks": self.training(),

@@ -48,8 +48,9 @@ def interval(values: np.ndarray) -> Curve:
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         raise ValueError(f"num_tasks must be at least 2 for a confidence interval, got {len(values)}")
-    half = NORMAL_95 * values.std(0, ddof=1) / math.sqrt(len(values))
-    return Curve(values.mean(0), half)
+    with np.errstate(invalid="ignore", over="ignore"):  # a task that diverged: `diverged` says so in words
+        half = NORMAL_95 * values.std(0, ddof=1) / math.sqrt(len(values))
+        return Curve(values.mean(0), half)
 
 
 def all_right(values: np.ndarray) -> str | None:
@@ -70,6 +71,26 @@ def all_right(values: np.ndarray) -> str | None:
     return (
         f"all {len(values)} tasks are wholly right, so ± 0 says too much: up to {300 / len(values):.2f} % "
         "of tasks may have a mistake"
+    )
+
+
+def diverged(losses: np.ndarray) -> str | None:
+    """What to say where the losses of some tasks are not finite, and so no mean over tasks is.
+
+    Args:
+        losses: `[num_tasks, K+1]`, after 0..K adaptation steps.
+
+    >>> print(diverged(np.array([[1.0, 0.5, np.inf], [1.0, 0.6, 0.4]])))
+    the inner loop diverges on 1 of 2 tasks, from step 2 on: no mean is finite there; take fewer steps or a
+    lower rate
+    """
+    wrong = ~np.isfinite(losses)
+    if not wrong.any():
+        return None
+    first = int(np.argmax(wrong.any(0)))
+    return (
+        f"the inner loop diverges on {int(wrong.any(1).sum())} of {len(losses)} tasks, from step {first} on: "
+        "no mean is finite there; take fewer steps or a lower rate"
     )
 
 

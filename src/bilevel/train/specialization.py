@@ -62,6 +62,8 @@ class Specialization(NamedTuple):
     def reading(self) -> str:
         """One sentence: how fast, how far, and whether more steps hurt."""
         steps, more = self.num_steps, len(self.query_loss.mean) - 1 - self.num_steps
+        if not np.isfinite(self.query_loss.mean).all():
+            return "how specialized the start is cannot be said: the inner loop diverges on some tasks"
         if np.isnan(self.first_step):
             plural = "s" * (steps != 1)
             speed = f"{steps} step{plural} bring no gain in query loss: nothing is adapted, or too coarsely"
