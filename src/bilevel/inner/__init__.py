@@ -7,6 +7,8 @@ from bilevel.inner.differentiable import differentiable
 from bilevel.inner.gradient import Gradient, GradientState, unroll
 from bilevel.inner.proximal import proximal
 from bilevel.inner.ridge import Ridge
+from bilevel.inner.simplex_qp import simplex_qp
+from bilevel.inner.svm import Svm
 
 __all__ = [
     "Checkpointing",
@@ -18,9 +20,11 @@ __all__ = [
     "Offload",
     "Ridge",
     "Sqrt",
+    "Svm",
     "Tree",
     "differentiable",
     "prototypes",
     "proximal",
+    "simplex_qp",
     "unroll",
 ]

@@ -12,7 +12,7 @@ from bilevel.learners.matching_net import matching_net
 from bilevel.learners.meta_curvature import conv_modes, leaf_modes, meta_curvature
 from bilevel.learners.metaoptnet import metaoptnet
 from bilevel.learners.nearest_centroid import nearest_centroid, pixels
-from bilevel.learners.pretraining import cosine_head, pretraining
+from bilevel.learners.pretraining import TrainedBy, cosine_head, pretraining
 from bilevel.learners.protonet import protonet
 from bilevel.learners.r2d2 import r2d2
 from bilevel.learners.relation_net import relation_net
@@ -27,6 +27,7 @@ __all__ = [
     "Leap",
     "PerLayerPerStep",
     "PerParameter",
+    "TrainedBy",
     "WarpGradient",
     "baseline_pp",
     "boil",

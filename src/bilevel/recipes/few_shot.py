@@ -40,6 +40,8 @@ class FewShotData:
     are tried."""
     download: bool = False
     """Get Omniglot's official archives into the cache folder when no data is found."""
+    validation_classes: int = 0
+    """Training classes of Omniglot kept apart for --validation.every; the other sets have their own."""
     rotations: bool = False
     """Of a stored set: let every training class turned by 90, 180 and 270 degrees be one of its own."""
     keep: Literal["device", "host"] = "device"
@@ -65,14 +67,19 @@ class FewShotData:
     def sampler(
         self, split: str, *, ways: int | None = None, shots: int | None = None, queries: int | None = None
     ) -> Callable[[Key], Task]:
-        """One task of the classes of a split, "train" or "test"."""
+        """One task of the classes of a split, "train", "validation" or "test"."""
         sizes = (ways or self.ways, shots or self.shots, queries or self.queries)
         if self.dataset == "glyphs":
             return bl.tasks.Glyphs(*sizes, split)
         if self.dataset == "stored":
             turned = self.rotations and split == "train"
             return bl.tasks.stored(split, *sizes, self._folder(), turned)
-        return bl.tasks.omniglot(split, *sizes, self.data, self.download)
+        if split == "test" or not self.validation_classes:
+            return bl.tasks.omniglot(split, *sizes, self.data, self.download)
+        rest, held = bl.tasks.hold_out(
+            bl.tasks.omniglot("train", *sizes, self.data, self.download), self.validation_classes
+        )
+        return rest if split == "train" else held
 
     def training(self) -> Callable[[Key], Task]:
         """Batches of training tasks."""
@@ -112,6 +119,7 @@ class FewShotData:
         fields = {
             "sample_tasks": self.training(),
             "sample_test": self.sampler("test", queries=self.eval_queries),
+            "sample_validation": self._validation(),
             "other_tests": others,
             "protocol": (
                 f"{self._classes()}, {self.ways}-way {self.shots}-shot, {self.eval_queries} a class to tell, "
@@ -125,11 +133,20 @@ class FewShotData:
         }
         return Experiment(learner, optimizer, **(fields | more))
 
+    def _validation(self) -> Callable[[Key], Task] | None:
+        """Tasks of classes that are neither trained on nor tested, where there are some."""
+        if self.dataset == "omniglot" and not self.validation_classes:
+            return None
+        if self.dataset == "stored" and "validation" not in bl.tasks.open_stored(self._folder()).counts():
+            return None
+        return self.sampler("validation", queries=self.eval_queries)
+
     def _classes(self) -> str:
         """For the protocol: what is told apart."""
         if self.dataset == "glyphs":
             return "1000 unseen classes of glyphs"
         if self.dataset == "omniglot":
-            return "Omniglot, 423 unseen classes (1200 with rotations in training)"
+            trained = 1200 - self.validation_classes
+            return f"Omniglot, 423 unseen classes ({trained} with rotations in training)"
         stored = bl.tasks.open_stored(self._folder())
         return f"{stored.source}, {stored.counts()['test'][0]} unseen classes"

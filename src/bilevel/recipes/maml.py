@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import optax
+
 from bilevel import hypergrad
 from bilevel.learners import Fixed, PerLayerPerStep, PerParameter, maml
 from bilevel.learners.maml import AllBut
@@ -16,6 +18,17 @@ _ESTIMATORS = {
     "first-order": hypergrad.FirstOrder,
 }
 _RATES = {"fixed": Fixed, "per-parameter": PerParameter, "per-layer-per-step": PerLayerPerStep}
+
+
+def outer_optimizer(
+    learning_rate: float, num_meta_steps: int, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Adam along a cosine to a hundredth; the decay, against meta-overfitting, is of the initialization."""
+    schedule = optax.cosine_decay_schedule(learning_rate, num_meta_steps, alpha=0.01)
+    if not weight_decay:
+        return optax.adam(schedule)
+    mask = lambda meta: {name: name == "init" for name in meta}  # noqa: E731  rates are no weights
+    return optax.adamw(schedule, weight_decay=weight_decay, mask=mask)
 
 
 @dataclass(frozen=True)

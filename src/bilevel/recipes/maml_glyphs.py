@@ -8,7 +8,7 @@ import optax
 import bilevel as bl
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.few_shot import FewShotData
-from bilevel.recipes.maml import Maml
+from bilevel.recipes.maml import Maml, outer_optimizer
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class MamlGlyphs:
     """Width of conv4."""
     learning_rate: float = 1e-3
     """Of the outer Adam, at the start; it falls to a hundredth along a cosine."""
+    weight_decay: float = 0.0
+    """Of the initialization, in the outer loop."""
+    dropout: float = 0.0
+    """Share of the features that the outer loss of training drops before the head."""
     eval_steps: int = 5
     """Inner steps at evaluation."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -34,12 +38,13 @@ class MamlGlyphs:
 
     def build(self) -> Experiment:
         """Put the experiment together."""
-        net = bl.nets.conv4(self.task.ways, self.filters, compute_dtype=self.compute_dtype)
+        net = bl.nets.conv4(
+            self.task.ways, self.filters, compute_dtype=self.compute_dtype, dropout=self.dropout
+        )
         loss = bl.learners.cross_entropy
-        schedule = optax.cosine_decay_schedule(self.learning_rate, self.num_meta_steps, alpha=0.01)
         return self.task.experiment(
             self.maml.learner(net, loss),
-            optax.adam(schedule),
+            outer_optimizer(self.learning_rate, self.num_meta_steps, self.weight_decay),
             eval_steps=self.eval_steps,
             scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
         )
