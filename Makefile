@@ -42,6 +42,9 @@ bench-cleaning: .venv/.installed ## hyper-data-cleaning on MNIST (BILEVEL_DATA) 
 bench-plan: .venv/.installed ## the memory planner's predictions against what is measured
 	$(BIN)/python bench/plan_grid.py
 
+bench-learners: .venv/.installed ## every few-shot learner on glyphs: time of an outer step, accuracy after a minute
+	$(BIN)/python bench/learners.py
+
 omniglot: .venv/.installed ## MAML on Omniglot, from training to test accuracy
 	$(BIN)/bilevel train maml-omniglot --folder runs/omniglot --loop.devices 2
 	$(BIN)/bilevel eval runs/omniglot
