@@ -343,7 +343,12 @@ def test_a_formula_without_a_start_is_checked_too():
     learner = bl.learners.protonet(bl.nets.mlp([2, 3], jnp.tanh), ways=2)
     x, y = jnp.array([[[0.0, 1.0], [1.0, 0.2], [0.3, 0.9]]]), jnp.array([[0, 1, 0]])
     report = bl.check(
-        learner.problem, learner.solver, learner.estimator, learner.init_meta(KEY), bl.Task((x, y), (x + 0.3, y)), KEY
+        learner.problem,
+        learner.solver,
+        learner.estimator,
+        learner.init_meta(KEY),
+        bl.Task((x, y), (x + 0.3, y)),
+        KEY,
     )
     assert "finite differences" in report.compared_with or report.trust == "yes", report
     assert not report.verdict.startswith("Do not trust it: the problem"), report

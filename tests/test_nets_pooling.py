@@ -160,7 +160,7 @@ def test_which_norms_let_queries_see_one_another():
 
 def test_embedding_width():
     x = jnp.ones((2, 28, 28, 1))
-    for downsample, shape, width in (("stride", (28, 28, 1), 4), ("pool", (28, 28, 1), 4)):
+    for downsample, shape, width in (("stride", (28, 28, 1), 16), ("pool", (28, 28, 1), 4)):
         net = conv4(None, 4, image_shape=shape, downsample=downsample)
         assert jax.eval_shape(lambda x, net=net: net.apply(net.init(KEY), x), x).shape == (2, width)
     wide = conv4(3, 4, image_shape=(84, 84, 3), downsample="pool")

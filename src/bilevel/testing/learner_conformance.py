@@ -19,6 +19,7 @@ from bilevel.train import Options, Run, evaluate, init_state, mean_hypergradient
 
 WAYS, SHOTS, QUERIES, CLASSES = 3, 2, 4, 12
 _SIGNAL, _NUISANCE, _WIDTH = 3, 9, 16
+_OPTIONS = Options(chunk_size=4, zero_leaves="allow")  # one program for all that a learner is held to
 
 
 class Nets(NamedTuple):
@@ -209,7 +210,8 @@ def assert_learner(row: LearnerRow, num_tasks: int = 4) -> None:
     Raises:
         AssertionError: saying which promise is broken.
 
-    >>> assert_learner(LEARNERS["protonet"])
+    >>> assert_learner(LEARNERS["protonet"])  # doctest: +ELLIPSIS
+    training ...
     """
     learner, sample = row.make(vector_nets(row.nested)), sampler(row, num_tasks)
     optimizer = row.optimizer()
@@ -220,14 +222,14 @@ def assert_learner(row: LearnerRow, num_tasks: int = 4) -> None:
         traces.append(1)
         return sample(key)
 
-    counts, options = [], Options(chunk_size=2, zero_leaves="allow")
+    counts = []
 
     def run(folder: Path | None, steps: int, resume: bool = False):
         state = init_state(learner, optimizer, sample, jax.random.key(0))
         traces.clear()
         where = None if folder is None else Run(folder, {}, resume)
         watch = [lambda state, values: counts.append(len(traces))]
-        return train(learner, optimizer, counted, state, steps, options=options, run=where, on_chunk=watch)
+        return train(learner, optimizer, counted, state, steps, options=_OPTIONS, run=where, on_chunk=watch)
 
     whole = run(None, 6)
     assert counts[0] > 0 and len(set(counts)) == 1, f"traced again after the first chunk: {counts}"
@@ -264,18 +266,18 @@ def _assert_vmapped_is_looped(learner: Learner, sample: Callable[[Key], Task], n
         )
 
 
-def learned_accuracy(row: LearnerRow, num_meta_steps: int = 600, num_tasks: int = 8) -> tuple[float, float]:
+def learned_accuracy(row: LearnerRow, num_meta_steps: int = 800, num_tasks: int = 4) -> tuple[float, float]:
     """The accuracy on unseen classes of `clusters` after training, and that of the learner untrained."""
-    learner, sample, optimizer = row.make(vector_nets()), sampler(row, num_tasks), row.optimizer()
+    learner, sample = row.make(vector_nets(row.nested)), sampler(row, num_tasks)
+    optimizer = row.optimizer()
     state = init_state(learner, optimizer, sample, jax.random.key(0))
-    options = Options(chunk_size=200, task_chunk=num_tasks, zero_leaves="allow")
 
     def accuracy(meta):
         curves = evaluate(learner, meta, sample_vectors, jax.random.key(5), num_tasks=300).curves
         return float(curves["query_accuracy"].mean[-1])
 
     before = accuracy(state.meta)
-    state = train(learner, optimizer, sample, state, num_meta_steps, options=options)
+    state = train(learner, optimizer, sample, state, num_meta_steps, options=_OPTIONS)
     return accuracy(state.meta), before
 
 
