@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-memory bench-toys bench-cleaning bench-plan omniglot lock clean
+.PHONY: help venv demo test check bench bench-learners bench-memory bench-toys bench-cleaning bench-plan omniglot lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
