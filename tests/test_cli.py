@@ -186,3 +186,19 @@ def test_the_module_runs_as_a_program():
         [sys.executable, "-m", "bilevel", "recipes"], capture_output=True, text=True, check=True
     ).stdout
     assert "maml-omniglot" in out
+
+
+def test_a_recipe_that_has_got_a_field_since_goes_on(tmp_path, capsys):
+    """Its default is what the older version did."""
+    file, run = tmp_path / "mine.py", tmp_path / "run"
+    text = (Path(__file__).parent / "small_recipe.py").read_text()
+    file.write_text(text)
+    name = f"{file}:Small"
+    assert main(["train", name, "--folder", str(run), "--num-meta-steps", "8"]) == 0
+    file.write_text(text.replace("    width: int = 8\n", "    width: int = 8\n    depth: int = 1\n", 1))
+    find_recipe.cache_clear()
+    assert main(["eval", str(run), "--num-tasks", "20"]) == 0
+    assert main(["train", name, "--folder", str(run), "--resume"]) == 0
+    assert "depth is 1 there and 2 here" in fails(
+        capsys, "train", name, "--folder", run, "--resume", "--depth", 2
+    )

@@ -14,7 +14,14 @@ import numpy as np
 
 from bilevel.problem import IterativeSolver, Key, Meta
 from bilevel.recipes.experiment import Experiment
-from bilevel.recipes.run import eval_steps, fingerprint, first_state, read_config, saved_recipe, write_text
+from bilevel.recipes.run import (
+    eval_steps,
+    first_state,
+    read_config,
+    saved_fingerprint,
+    saved_recipe,
+    write_text,
+)
 from bilevel.recipes.splits import Sampler, seen_classes, unseen, with_shots
 from bilevel.train.checkpoint import Checkpoints
 from bilevel.train.early_stopping import BEST
@@ -69,7 +76,7 @@ def read_trained(folder: Path, checkpoint: Literal["auto", "best", "newest"] = "
             f"{folder} has no checkpoint yet; train it with `bilevel train {name} --folder {folder} --resume`"
         )
     experiment = recipe.build()
-    state, step = chosen.restore(first_state(experiment, recipe.seed), fingerprint(name, recipe))
+    state, step = chosen.restore(first_state(experiment, recipe.seed), saved_fingerprint(folder))
     words = "best on validation classes" if chosen is best else "newest"
     chunk = getattr(getattr(recipe, "loop", None), "task_chunk", 1)
     return Trained(folder, experiment, state.meta, step, words, chunk)

@@ -29,7 +29,8 @@ def check_folder(name: str, recipe: Any, folder: Path, resume: bool) -> None:
     if resume:
         saved = read_config(folder)
         here = {"recipe": name, "fields": _identity(recipe)}
-        there = {"recipe": saved["recipe"], "fields": _without_loop(saved["fields"])}
+        # As a recipe: fields that this version has and that one had not are at their defaults there.
+        there = {"recipe": saved["recipe"], "fields": _identity(saved_recipe(folder))}
         if difference := first_difference(there, here):
             raise ValueError(
                 f"{folder} holds another run: {difference}; leave the flag out, or take another --folder"
@@ -98,7 +99,8 @@ def train_recipe(
         make_devices(options.devices)  # before the first array is made
     experiment = recipe.build()
     state = first_state(experiment, recipe.seed)
-    run = bl.Run(folder, fingerprint(name, recipe), resume, title=Path(name).name)
+    same = saved_fingerprint(folder) if resume else fingerprint(name, recipe)
+    run = bl.Run(folder, same, resume, title=Path(name).name)
     watch = None
     if validation.every:
         watch = EarlyStopping(
@@ -157,6 +159,12 @@ def first_state(experiment: Experiment, seed: int) -> bl.MetaState:
 def fingerprint(name: str, recipe: Any) -> dict[str, Any]:
     """What must be equal for a checkpoint to be of this run."""
     return {"recipe": name, **_identity(recipe)}
+
+
+def saved_fingerprint(folder: Path) -> dict[str, Any]:
+    """The fingerprint of the run in a folder, also where its recipe has got new fields since."""
+    saved = read_config(folder)
+    return {"recipe": saved["recipe"], **_without_loop(saved["fields"])}
 
 
 def _identity(recipe: Any) -> dict[str, Any]:
