@@ -1,6 +1,6 @@
 """What the recipes that compare embeddings share: the network, its training, and the usual four tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -69,8 +69,9 @@ def experiment(
         learning_rate: of the outer Adam, at the start; it falls to a hundredth along a cosine.
         more: further fields of `Experiment`.
     """
+    test: Any = task.sampler("test", queries=task.eval_queries)
     others = {
-        f"{ways}-way {shots}-shot": task.sampler("test", ways=ways, shots=shots, queries=task.eval_queries)
+        f"{ways}-way {shots}-shot": replace(test, ways=ways, shots=shots)
         for ways, shots in _TESTS
         if (ways, shots) != (task.ways, task.shots)
     }

@@ -1,7 +1,7 @@
 """Where the classes of a few-shot recipe come from, and how its tasks are cut out of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,19 +106,17 @@ class FewShotData:
             scratch: the baseline without meta-learning.
             more: further fields of `Experiment`, in place of what is said here.
         """
-        test = self.sampler("test", queries=1)
+        test: Any = self.sampler("test", queries=1)  # read once: the other tests are the same pictures
         fewest = int(test.counts.min()) - self.shots if isinstance(test, bl.tasks.FewShot) else _MANY
         many = min(_MANY, fewest)
         others = {
-            f"{count} {'query' if count == 1 else 'queries'} a class at once": self.sampler(
-                "test", queries=count
-            )
+            f"{count} {'query' if count == 1 else 'queries'} a class at once": replace(test, queries=count)
             for count in {1, many} - {self.eval_queries}
             if statistics.startswith("transductive")
         }
         fields = {
             "sample_tasks": self.training(),
-            "sample_test": self.sampler("test", queries=self.eval_queries),
+            "sample_test": replace(test, queries=self.eval_queries),
             "sample_validation": self._validation(),
             "other_tests": others,
             "protocol": (

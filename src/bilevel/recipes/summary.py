@@ -1,0 +1,57 @@
+"""An evaluation in words, as the command line prints it."""
+
+from typing import Any
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The headline table: chance, from scratch, meta-learned, each with its 95% half-width."""
+    curves, scratch = result["curves"], result["scratch"] or {}
+    name = "query_accuracy" if "query_accuracy" in curves else "query_loss"
+    percent = name.endswith("accuracy")
+    scale, unit = (100.0, " %") if percent else (1.0, "")
+
+    def cell(curve: dict[str, list[float]], step: int) -> str:
+        mean, half = scale * curve["mean"][step], scale * curve["ci95"][step]
+        return f"{mean:6.2f} ± {half:.2f}{unit}" if percent else f"{mean:7.4f} ± {half:.4f}"
+
+    rows = []
+    chance = result["chance"].get(name.removeprefix("query_"))
+    if chance is not None:
+        rows.append(("chance", f"{scale * chance:6.2f}{unit}"))
+    if name in scratch:
+        steps = len(scratch[name]["mean"]) - 1
+        rows.append((f"from scratch, {steps} steps on the support set", cell(scratch[name], -1)))
+    last = len(curves[name]["mean"]) - 1
+    for step in sorted({0, 1, min(5, last), last}):
+        if step <= last:
+            plural = "s" * (step != 1)
+            rows.append((f"meta-learned, {step} adaptation step{plural}", cell(curves[name], step)))
+    for condition, other in result["other_tests"].items():
+        rows.append((f"the same, {condition}", cell(other[name], -1)))
+    for shots, other in result["shots"].items():
+        rows.append((f"the same, {shots} shot{'s' * (shots != '1')}", cell(other[name], -1)))
+    if result["seen"] is not None:
+        rows.append(("the same, classes seen in training", cell(result["seen"][name], -1)))
+    width = max(len(label) for label, _ in rows)
+    label = name.replace("_", " ").replace("query", "test")
+    head = f"{label}, mean ± 95% over {result['num_tasks']} tasks\n{result['protocol']}\n"
+    table = "\n".join(f"  {text:<{width}}  {value}" for text, value in rows)
+    return "\n".join([head + table, *(f"  {line}" for line in _remarks(result))])
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """What the table does not say: the protocol as measured, calibration, meta-overfitting."""
+    lines = [result["unseen"], result["batch_statistics"]]
+    if result["checkpoint"] != "newest":
+        lines.append(f"checkpoint of outer step {result['meta_step']}: {result['checkpoint']}")
+    if (found := result["calibration"]) is not None:
+        before, after = (f"{100 * found['ece'][place]:.1f} %" for place in (0, -1))
+        lines.append(
+            f"calibration error {before} before and {after} after adaptation ({found['num_bins']} bins)"
+        )
+    for gap, value in result["gaps"].items():
+        scale, unit = (100, " points") if gap.endswith("accuracy") else (1, "")
+        lines.append(f"{gap}: {scale * value['mean']:+.2f} ± {scale * value['ci95']:.2f}{unit}")
+    if (found := result["specialization"]) is not None:
+        lines.append(found["reading"])
+    return lines + result["notes"]
