@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 import jax
 import pytest
 
+pytest.register_assert_rewrite("convert_tools")  # it is imported, and its fixtures are loaded by name
 jax.config.update("jax_num_cpu_devices", 2)  # for tests/test_sharding.py; all others run on the first
 # Most of a test is compilation, and many compile the same: a run that is cut and resumed, for instance.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
