@@ -23,9 +23,11 @@ SOURCE = ROOT / "src" / "bilevel"
 LEVELS = (
     "__main__",
     "cli",
+    "search",
     "recipes",
     "__init__",  # re-exports what stands below; recipes may `import bilevel` as a user does
     "report",
+    "sklearn",
     "analysis",
     "testing",  # conformance tables: for tests only
     "train",
@@ -46,12 +48,15 @@ HEAVY = {
     "grain": ("tasks.prefetch",),
     "matplotlib": ("report", "report.*"),
     "optimistix": ("inner.converged",),
+    "optuna": ("search.*", "report.search*"),
     "orbax": ("train.checkpoint",),
     "PIL": ("report", "report.*", "tasks.omniglot*", "tasks.pictures"),
-    "rich": ("train.display",),
+    "ray": ("search.ray_workers",),
+    "rich": ("train.display", "search.*"),
     "scipy": ("train.compare",),
+    "sklearn": ("sklearn", "sklearn.*", "tasks.newsgroups", "tasks.tabular"),
     "tensorboardX": ("train.metrics",),
-    "tyro": ("cli",),
+    "tyro": ("cli", "search.commands"),
 }
 EVERYWHERE = {"bilevel", "jax", "numpy", "optax"} | sys.stdlib_module_names
 

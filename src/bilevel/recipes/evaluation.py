@@ -14,6 +14,7 @@ import numpy as np
 
 from bilevel.problem import IterativeSolver, Key, Meta
 from bilevel.recipes.experiment import Experiment
+from bilevel.recipes.learned import learned, save_pictures
 from bilevel.recipes.run import (
     eval_steps,
     first_state,
@@ -127,11 +128,13 @@ def evaluate_run(
     }
     result |= _beside(run, other_shots, count, steps, seed)
     result |= _overfitting(run, main, count, steps, seed)
+    result["learned"] = learned(experiment, run.meta)
     result["notes"] = _notes(main)
     result["seconds"] = round(time.perf_counter() - begin, 2)
     write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     save_per_task(folder / PER_TASK, run, main, seed)
     _save_examples(run, steps, jax.random.key(seed))
+    save_pictures(folder, experiment, run.meta)
     return result
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import optax
 
-from bilevel.problem import Key, Learner, Task
+from bilevel.problem import Key, Learner, Meta, Task
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class Experiment:
             meta-learning. Its meta is empty.
         chance: what guessing reaches, by name of the figure.
         pictures: how the report draws a task.
+        meta_figures: `meta_figures(meta) -> {name: number}`, what the meta-parameters themselves say, such as
+            the F1 of the corruption that was found.
+        meta_lines: `meta_lines(meta) -> {name: array [n]}`, what was learned as curves, such as a schedule
+            over the inner steps.
+        meta_pictures: `meta_pictures(meta) -> {caption: array [n, height, width] of 0..1}`, such as distilled
+            images.
     """
 
     learner: Learner
@@ -47,6 +53,9 @@ class Experiment:
     sample_seen: Callable[[Key], Task] | None = None
     sample_validation: Callable[[Key], Task] | None = None
     test_shots: Callable[[int], Callable[[Key], Task]] | None = None
+    meta_figures: Callable[[Meta], dict[str, Any]] | None = None
+    meta_lines: Callable[[Meta], dict[str, Any]] | None = None
+    meta_pictures: Callable[[Meta], dict[str, Any]] | None = None
 
 
 class Recipe(Protocol):

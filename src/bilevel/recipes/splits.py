@@ -9,6 +9,7 @@ import numpy as np
 
 from bilevel.problem import Key, Task
 from bilevel.recipes.experiment import Experiment
+from bilevel.tasks import Fixed
 
 Sampler = Callable[[Key], Task]
 _SIZES = ("ways", "shots", "queries")
@@ -85,8 +86,10 @@ def unseen(experiment: Experiment) -> tuple[bool | None, str]:
     (True, 'unseen classes: test tasks are of split test, training tasks of split train')
     """
     train, test = seen_classes(experiment), experiment.sample_test
-    if not _classifies(test):
+    if not isinstance(test, Fixed) and not _classifies(test):
         return None, "fresh tasks of the training distribution: there are no classes to be unseen"
+    if isinstance(test, Fixed):
+        return _unseen_examples(experiment, test)
     if train is None:
         return None, _UNTOLD
     if _has(train, "split") and _has(test, "split"):
@@ -101,6 +104,28 @@ def unseen(experiment: Experiment) -> tuple[bool | None, str]:
     if shared:
         return False, f"SEEN CLASSES: {shared} of the {len(here)} test classes are training classes too"
     return True, f"unseen classes: none of the {len(here)} test classes is one of the {len(there)} trained on"
+
+
+def _unseen_examples(experiment: Experiment, test: Fixed) -> tuple[bool | None, str]:
+    """With one data set, whether test examples are among those that either loop is given."""
+    train = getattr(experiment.sample_tasks, "sample", None)
+    if not isinstance(train, Fixed):
+        return None, "whether the test examples are unseen is not checked: the samplers do not say"
+    given = _rows(train.task.support) | _rows(train.task.query)
+    asked = _rows(test.task.query)
+    shared = len(given & asked)
+    if shared:
+        return None, f"{shared} of the {len(asked)} test examples are equal to one that was trained on"
+    return (
+        True,
+        f"unseen examples: none of the {len(asked)} of the test is one of the {len(given)} trained on",
+    )
+
+
+def _rows(batch: Any) -> set[bytes]:
+    """The examples of a batch, by the bytes of its first leaf."""
+    leaf = np.ascontiguousarray(jax.device_get(jax.tree.leaves(batch)[0]))
+    return {row.tobytes() for row in leaf}
 
 
 def _classifies(sample: Sampler) -> bool:

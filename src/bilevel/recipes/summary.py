@@ -52,6 +52,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     for gap, value in result["gaps"].items():
         scale, unit = (100, " points") if gap.endswith("accuracy") else (1, "")
         lines.append(f"{gap}: {scale * value['mean']:+.2f} ± {scale * value['ci95']:.2f}{unit}")
+    lines += [f"{name}: {value:.4g}" for name, value in result["learned"]["figures"].items()]
     if (found := result["specialization"]) is not None:
         lines.append(found["reading"])
     return lines + result["notes"]

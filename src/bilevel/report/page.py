@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.report.curves import adaptation, chance, end_of, key, training
+from bilevel.report.learned import learned
 from bilevel.report.numbers import count, duration, figure_name, measure
 from bilevel.report.pictures import examples
 from bilevel.report.protocol import calibration, overfitting, shots
@@ -27,6 +28,7 @@ def render(runs: Sequence[Run]) -> str:
         _section("Result", _result(runs), _intervals(runs)),
         _section("Adaptation", adaptation(runs), "Query figures on unseen tasks after each "
                  "adaptation step, with 95 % confidence intervals over tasks."),
+        _section("Learned", learned(runs), "What the meta-parameters themselves say."),
         _section("Shots", shots(runs), "The same learner with other numbers of support examples a class."),
         _section("Calibration", calibration(runs), "Whether an answer given with 80 % confidence is "
                  "right in 80 % of the cases, over all query examples."),

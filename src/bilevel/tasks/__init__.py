@@ -4,6 +4,7 @@ from bilevel.tasks import augment
 from bilevel.tasks.convert import Layout, convert
 from bilevel.tasks.episodes import EqualShots, MetaDatasetShots, UnequalShots, VaryingFewShot
 from bilevel.tasks.few_shot import FewShot
+from bilevel.tasks.fixed import Fixed
 from bilevel.tasks.gaussian_process import GaussianProcess
 from bilevel.tasks.glyphs import Glyphs, glyph
 from bilevel.tasks.harmonics import harmonics
@@ -29,6 +30,7 @@ from bilevel.tasks.with_support import with_support
 __all__ = [
     "EqualShots",
     "FewShot",
+    "Fixed",
     "GaussianProcess",
     "Glyphs",
     "HostFewShot",
