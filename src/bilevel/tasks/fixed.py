@@ -18,7 +18,8 @@ class Fixed:
     used, in the losses, from the key that they are given.
 
     Args:
-        task: support is what the inner loop trains on, query what the outer loss is measured on; leaves [n, ...].
+        task: support is what the inner loop trains on, query what the outer loss is measured on; leaves
+            [n, ...].
 
     Raises:
         TypeError: when it is no `Task`.
