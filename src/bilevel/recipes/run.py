@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bilevel.recipes.splits import validation_classes
 from bilevel.sharding import make_devices
 from bilevel.train.checkpoint import Checkpoints
 from bilevel.train.early_stopping import EarlyStopping, Validation, stopped_at
+from bilevel.train.loop import OnChunk
 
 
 def check_folder(name: str, recipe: Any, folder: Path, resume: bool) -> None:
@@ -80,6 +82,8 @@ def train_recipe(
     resume: bool,
     command: str,
     validation: Validation | None = None,
+    on_chunk: Sequence[OnChunk] = (),
+    begin: Callable[[Experiment, bl.MetaState], bl.MetaState] | None = None,
 ) -> bl.MetaState:
     """Run a recipe's outer loop in a folder; the resolved configuration is saved beside it.
 
@@ -87,6 +91,9 @@ def train_recipe(
         name: the recipe's name, or path/to/file.py:Name.
         command: what to type to repeat the run.
         validation: whether to validate on held-out classes on the way, and when to stop for it.
+        on_chunk: more callbacks of `bl.train`; they see the figures of the validation too.
+        begin: where a new run starts, from the experiment and where it would start by itself. The state is
+            the first checkpoint, written before anything else: a run killed at once goes on from it too.
 
     Raises:
         What `check_folder`, the recipe's `build` and `bl.train` raise; OSError when the folder cannot be
@@ -100,7 +107,7 @@ def train_recipe(
     experiment = recipe.build()
     state = first_state(experiment, recipe.seed)
     same = saved_fingerprint(folder) if resume else fingerprint(name, recipe)
-    run = bl.Run(folder, same, resume, title=Path(name).name)
+    run = bl.Run(folder, same, resume or begin is not None, title=Path(name).name)
     watch = None
     if validation.every:
         watch = EarlyStopping(
@@ -112,6 +119,9 @@ def train_recipe(
         )
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
+        if begin is not None:
+            state = begin(experiment, state)
+            Checkpoints(folder / "checkpoints").save(int(state.step), state, same)
         config = {
             "recipe": name,
             "fields": to_fields(recipe),
@@ -131,7 +141,7 @@ def train_recipe(
         recipe.num_meta_steps,
         options=options,
         run=run,
-        on_chunk=[] if watch is None else [watch],
+        on_chunk=[*([] if watch is None else [watch]), *on_chunk],
     )
 
 

@@ -1,0 +1,175 @@
+"""One trial: a checkpointed run in a folder of its own, whose figures go to the study."""
+
+import shlex
+import shutil
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+import optuna
+from optuna.trial import TrialState
+
+import bilevel as bl
+from bilevel.recipes.config import find_recipe
+from bilevel.recipes.experiment import Experiment
+from bilevel.recipes.run import stopped_early, train_recipe
+from bilevel.search.flags import to_flags
+from bilevel.search.space import Space, apply_values
+from bilevel.search.spec import Search, trial_folder
+from bilevel.search.study import Book, draw
+from bilevel.search.warm_start import begin_near, keep_meta, neighbours
+from bilevel.train.checkpoint import Checkpoints
+from bilevel.train.metrics import read_metrics
+
+SECONDS = "seconds"  # an objective that is no column of the metrics: how long the run trained
+_REPORTS = 50  # at most so many figures of a run go to the study
+_LONGEST = 600  # characters of an error's message
+
+
+def run_trial(book: Book, search: Search, space: Space, trial: optuna.Trial, folder: Path) -> bool:
+    """Run a trial to its end, or go on with it, and tell the study.
+
+    Whatever it raises is the trial's failure, not the search's: the study keeps the message.
+
+    Args:
+        trial: a running one that nobody else works on.
+        folder: of the search.
+
+    Returns:
+        False when the run was asked to stop before its end: it stays a running trial, with a checkpoint.
+    """
+    began, before = time.perf_counter(), trial.user_attrs.get("seconds", 0.0)
+    try:
+        state, values = _outcome(book, search, space, trial, folder)
+    except Exception as error:
+        traceback.print_exc()  # into the worker's log
+        state, values = TrialState.FAIL, None
+        book.set(trial.number, error=describe(error))
+    book.set(trial.number, seconds=round(before + time.perf_counter() - began, 3))
+    if state != TrialState.RUNNING:
+        book.study.tell(trial.number, values, state, skip_if_finished=True)
+    return state != TrialState.RUNNING
+
+
+def _outcome(
+    book: Book, search: Search, space: Space, trial: optuna.Trial, folder: Path
+) -> tuple[TrialState, list[float] | None]:
+    """The state that a trial comes to, and the values of one that is complete."""
+    run = trial_folder(folder, trial.number)
+    recipe = apply_values(search.build_recipe(), draw(book, search, space, trial))
+    resume = (run / "config.json").is_file()
+    if not resume and run.exists():  # killed before it had begun
+        shutil.rmtree(run)
+    watch = Reporter(book, search, trial, run)
+    if resume and watch.was_stopped():
+        return TrialState.PRUNED, None
+
+    def begin(experiment: Experiment, state: bl.MetaState) -> bl.MetaState:
+        nearest = neighbours(book, folder, space, trial)
+        state, origin = begin_near(nearest, folder, experiment, state, jax.random.key(recipe.seed))
+        book.set(trial.number, warm_start=origin)
+        return state
+
+    command = ["bilevel", "train", search.recipe, *to_flags(recipe, find_recipe(search.recipe)())]
+    end = train_recipe(
+        search.recipe,
+        recipe,
+        run,
+        resume,
+        shlex.join([*command, "--folder", str(run)]),
+        search.build_validation(),
+        on_chunk=[watch],
+        begin=begin if search.warm_start else None,
+    )
+    book.set(trial.number, steps=int(end.step))
+    ended = int(end.step) >= recipe.num_meta_steps or stopped_early(run) is not None
+    if not (ended or watch.pruned):
+        return TrialState.RUNNING, None
+    if search.warm_start:
+        keep_meta(run, end)
+    if watch.pruned:
+        return TrialState.PRUNED, None
+    return TrialState.COMPLETE, objective_values(run, search)
+
+
+class Reporter:
+    """An `on_chunk` callback of `bl.train` that reports to the study and asks it whether to stop.
+
+    What was reported before a kill stays: a resumed run that repeats those steps neither reports nor asks
+    again, so it is stopped where an undisturbed one is.
+    """
+
+    def __init__(self, book: Book, search: Search, trial: optuna.Trial, run: Path):
+        self.pruned = False
+        self._name, self._average = search.objectives[0], search.average
+        # Optuna knows no intermediate values of several objectives.
+        self._active = len(search.objectives) == 1 and self._name != SECONDS
+        self._trial, self._run = trial, run
+        self._known = sorted(book.storage.get_trial(book.id_of(trial.number)).intermediate_values)
+        self._apart = max(1, search.steps() // _REPORTS)
+        self._total = search.steps()
+        self._figures: list[float] | None = None
+
+    def was_stopped(self) -> bool:
+        """Whether a run that is taken up again had come to the point where the pruner stops it."""
+        reached = Checkpoints(self._run / "checkpoints").latest()
+        return bool(self._known) and reached == self._known[-1] and self._asks(reached)
+
+    def __call__(self, state: bl.MetaState, values: dict[str, float]) -> bool:
+        """Report where a report is due; whether the run shall stop."""
+        step = int(state.step)
+        if not self._active or self._name not in values:
+            return False
+        if self._figures is None:
+            self._figures = [row[self._name] for row in _rows(self._run, step) if self._name in row]
+        self._figures.append(values[self._name])
+        if step in self._known[:-1]:
+            return False
+        if step not in self._known:
+            if self._known and step - self._known[-1] < self._apart and step < self._total:
+                return False
+            recent = self._figures[-self._average :]
+            self._trial.report(sum(recent) / len(recent), step)
+            self._known.append(step)
+        self.pruned = self._asks(step)
+        return self.pruned
+
+    def _asks(self, step: int) -> bool:
+        return step < self._total and self._trial.should_prune()
+
+
+def objective_values(run: Path, search: Search) -> list[float]:
+    """What a finished run is judged by: the mean of the last figures of each objective.
+
+    Raises:
+        ValueError: when the metrics have no such column.
+        FloatingPointError: when a figure is not finite.
+    """
+    rows, values = read_metrics(run / "metrics.jsonl"), []
+    for name in search.objectives:
+        if name == SECONDS:
+            values.append(rows[-1]["time"] if rows else 0.0)
+            continue
+        found = [row[name] for row in rows if name in row][-search.average :]
+        if not found:
+            there = sorted({column for row in rows for column in row} - {"step", "time"})
+            raise ValueError(f"the metrics of the run have no {name}; there are {', '.join(there)}")
+        if None in found:  # how metrics.jsonl says that a number is not finite
+            raise FloatingPointError(f"{name} is not finite at the end of the run: it diverges")
+        values.append(sum(found) / len(found))
+    return values
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())[:_LONGEST]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _rows(run: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a run before a step, whose figures are finite."""
+    path = run / "metrics.jsonl"
+    rows = read_metrics(path) if path.is_file() else []
+    return [{k: v for k, v in row.items() if v is not None} for row in rows if row["step"] < step]
