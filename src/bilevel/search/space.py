@@ -53,7 +53,7 @@ class Numbers:
 
     def grid(self, points: int) -> list[float]:
         """Evenly spaced values, in the logarithm where that is what is uniform."""
-        if self.whole and not self.log or self.step is not None:
+        if self.step is not None or (self.whole and not self.log):
             step = self.step or 1
             count = int((self.high - self.low) / step + 1e-9) + 1
             return [self.low + step * i for i in range(count)]
@@ -229,7 +229,7 @@ def _numbers(kinds: tuple[Any, ...], text: str) -> Numbers:
     if tuple(words) not in known:
         raise ValueError(f"no kind {':'.join(words)}; write {_FORMS}")
     whole, log = known[tuple(words)] is int, "log" in words
-    if whole and float not in kinds and int not in kinds or not whole and float not in kinds:
+    if float not in kinds and not (whole and int in kinds):
         if int in kinds:
             raise ValueError("the field holds whole numbers; write int:1..10 or int:log:16..256")
         raise ValueError(f"the field is no number but {_said(kinds)}; write a|b|c")

@@ -76,15 +76,18 @@ class Search:
         """Outer steps of a run, where they are not searched themselves."""
         return int(self.fields["num_meta_steps"])
 
-    def embedded(self) -> bool:
-        """Whether the storage is a file that only processes with this folder use."""
-        return "://" not in self.storage
+    def embedded(self, folder: Path) -> bool:
+        """Whether the storage is the file in the search's folder, which only its workers use."""
+        return self.storage == str(Path(folder).resolve() / JOURNAL)
 
 
 def write_search(folder: Path, search: Search) -> None:
-    """Put a search into its folder, all of it or nothing."""
+    """Put a search into its folder, all of it or nothing; the folder may be moved later."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / FILE, json.dumps(dataclasses.asdict(search), indent=2) + "\n")
+    values = dataclasses.asdict(search)
+    if search.embedded(folder):
+        values["storage"] = JOURNAL
+    write_text(folder / FILE, json.dumps(values, indent=2) + "\n")
 
 
 def read_search(folder: Path) -> Search:
@@ -98,17 +101,13 @@ def read_search(folder: Path) -> Search:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no search: it has no {FILE}; make one with `bilevel search`")
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        search = Search(**values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); search again in another --folder") from error
-
-
-def from_json(values: dict[str, Any]) -> Search:
-    """The search that `dataclasses.asdict` and JSON made lists of."""
-    known = {f.name for f in dataclasses.fields(Search)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"a search has no {unknown[0]!r}")
-    return Search(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    inside = str(Path(folder).resolve() / JOURNAL)
+    return dataclasses.replace(search, storage=inside) if search.storage == JOURNAL else search
 
 
 def trial_folder(folder: Path, number: int) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalRedisBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from bilevel.search.space import Choices, Numbers, Space, drawn_values
@@ -103,7 +103,7 @@ def open_storage(location: str) -> BaseStorage:
         return JournalStorage(backend)
     try:
         if location.startswith("redis"):
-            return JournalStorage(optuna.storages.journal.JournalRedisBackend(location))
+            return JournalStorage(JournalRedisBackend(location))
         wait = {"connect_args": {"timeout": 60}} if location.startswith("sqlite") else None
         return optuna.storages.get_storage(optuna.storages.RDBStorage(location, engine_kwargs=wait))
     except ImportError:
@@ -152,7 +152,9 @@ def create_study(search: Search) -> Book:
         load_if_exists=True,
     )
     book = open_book(search)
-    book.study.set_metric_names(list(search.objectives))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        book.study.set_metric_names(list(search.objectives))  # for optuna-dashboard
     grid = grid_of(search)
     for number in range(len(book.trials()), search.num_trials):
         if grid:

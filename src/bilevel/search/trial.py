@@ -1,5 +1,6 @@
 """One trial: a checkpointed run in a folder of its own, whose figures go to the study."""
 
+import math
 import shlex
 import shutil
 import time
@@ -115,16 +116,17 @@ class Reporter:
     def was_stopped(self) -> bool:
         """Whether a run that is taken up again had come to the point where the pruner stops it."""
         reached = Checkpoints(self._run / "checkpoints").latest()
-        return bool(self._known) and reached == self._known[-1] and self._asks(reached)
+        return reached is not None and self._known[-1:] == [reached] and self._asks(reached)
 
     def __call__(self, state: bl.MetaState, values: dict[str, float]) -> bool:
         """Report where a report is due; whether the run shall stop."""
-        step = int(state.step)
-        if not self._active or self._name not in values:
+        step, figure = int(state.step), figure_of(values, self._name)
+        if not self._active or figure is None:
             return False
         if self._figures is None:
-            self._figures = [row[self._name] for row in _rows(self._run, step) if self._name in row]
-        self._figures.append(values[self._name])
+            past = [figure_of(row, self._name) for row in _rows(self._run) if row["step"] < step]
+            self._figures = [each for each in past if each is not None]
+        self._figures.append(figure)
         if step in self._known[:-1]:
             return False
         if step not in self._known:
@@ -147,19 +149,29 @@ def objective_values(run: Path, search: Search) -> list[float]:
         ValueError: when the metrics have no such column.
         FloatingPointError: when a figure is not finite.
     """
-    rows, values = read_metrics(run / "metrics.jsonl"), []
+    rows, values = _rows(run), []
     for name in search.objectives:
-        if name == SECONDS:
-            values.append(rows[-1]["time"] if rows else 0.0)
-            continue
-        found = [row[name] for row in rows if name in row][-search.average :]
-        if not found:
+        found = [figure_of(row, name) for row in rows]
+        recent = [each for each in found if each is not None][-search.average :]
+        if not recent:
             there = sorted({column for row in rows for column in row} - {"step", "time"})
             raise ValueError(f"the metrics of the run have no {name}; there are {', '.join(there)}")
-        if None in found:  # how metrics.jsonl says that a number is not finite
+        if not math.isfinite(value := sum(recent) / len(recent)):
             raise FloatingPointError(f"{name} is not finite at the end of the run: it diverges")
-        values.append(sum(found) / len(found))
+        values.append(value)
     return values
+
+
+def figure_of(row: dict[str, Any], name: str) -> float | None:
+    """The figure of an objective in a row of metrics; None where the row has none.
+
+    >>> figure_of({"step": 4, "outer_loss": 0.5}, "query_loss")
+    0.5
+    """
+    # A problem that is not one of the learners' has only the loss that the outer loop sees.
+    usual = {SECONDS: "time", "query_loss": "query_loss" if "query_loss" in row else "outer_loss"}
+    name = usual.get(name, name)
+    return math.nan if name in row and row[name] is None else row.get(name)
 
 
 def describe(error: BaseException) -> str:
@@ -168,8 +180,6 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _rows(run: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of a run before a step, whose figures are finite."""
+def _rows(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
-    rows = read_metrics(path) if path.is_file() else []
-    return [{k: v for k, v in row.items() if v is not None} for row in rows if row["step"] < step]
+    return read_metrics(path) if path.is_file() else []

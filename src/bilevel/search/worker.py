@@ -64,14 +64,14 @@ def work(folder: Path, index: int) -> None:
     space, count = search.build_space(), 0
     with _output_to(log_path(folder, index)), _signalled() as asked:
         book = open_book(search)
-        while not asked() and STOPPED not in book.study.user_attrs:
+        while not asked() and not book.study.user_attrs.get(STOPPED):
             claim = claim_trial(book, search, folder)
             if claim is None:
                 if not book.trials(TrialState.WAITING, TrialState.RUNNING):
                     return
                 time.sleep(_WAIT)  # others may die
                 continue
-            with claim.lock, _beating(book, search, claim.trial.number):
+            with claim.lock, _beating(book, claim.trial.number, not search.embedded(folder)):
                 if not run_trial(book, search, space, claim.trial, folder):
                     return
             _stop_if_hopeless(book)
@@ -89,7 +89,7 @@ def claim_trial(book: Book, search: Search, folder: Path) -> Claim | None:
     """
     with locked(folder / "locks" / "claim"):
         for trial in book.trials(TrialState.RUNNING):
-            if not (search.embedded() or _ours_or_silent(trial, folder)):
+            if not (search.embedded(folder) or _ours_or_silent(trial, folder)):
                 continue
             lock = try_lock(folder / "locks" / f"{trial.number:04d}")
             if lock is None:
@@ -157,7 +157,7 @@ def _stop_if_hopeless(book: Book) -> None:
 
 
 @contextmanager
-def _beating(book: Book, search: Search, number: int) -> Iterator[None]:
+def _beating(book: Book, number: int, needed: bool) -> Iterator[None]:
     """Say now and then that the trial's worker lives, where only the storage can tell."""
     done = threading.Event()
 
@@ -167,7 +167,7 @@ def _beating(book: Book, search: Search, number: int) -> Iterator[None]:
                 book.set(number, heartbeat=time.time())
 
     thread = threading.Thread(target=beat, daemon=True)
-    if not search.embedded():
+    if needed:
         thread.start()
     try:
         yield
