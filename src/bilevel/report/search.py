@@ -10,7 +10,7 @@ from html import escape
 from bilevel.report.numbers import count, duration, figure_name, measure
 from bilevel.report.search_data import Search, SearchTrial
 from bilevel.report.search_parallel import parallel
-from bilevel.report.search_parts import document, section, table
+from bilevel.report.search_parts import commands, document, section, table
 from bilevel.report.search_plots import bars, front, history, pruned_and_finished
 
 _MOST_ROWS = 2000
@@ -31,7 +31,7 @@ def render_search(search: Search) -> str:
         section("Trade-off", front(search) if several else "", "Each point is a finished trial; on the "
                 "line none is as good in both figures and better in one."),
         section("History", history(search), "The value of each finished trial, and the best so far."),
-        section("What mattered", bars(search.importances) if len(search.ranked()) >= _FEWEST else "",
+        section("What mattered", bars(search.importances) if _told(search) else "",
                 f"Share of each field in what makes a trial one of the best, by PED-ANOVA over "
                 f"{count(len(search.ranked()))} finished trials. With a few dozen trials it is a hint."),
         section("Choices and values", parallel(search), "A line is a trial; it crosses an axis at what "
@@ -39,10 +39,15 @@ def render_search(search: Search) -> str:
         section("Pruned against finished", pruned_and_finished(search), "What trials reported on their "
                 "way: a pruned one was ended early because others were better at the same outer step."),
         section("Trials", _trials(search), ""),
-        section("Go on", _commands(search), ""),
+        section("Go on", commands(search.commands), ""),
     ]  # fmt: skip
     facts = [search.recipe, f"{count(len(search.trials))} trials", *_time(search)]
     return document("Search", search.name, facts, search.notes, sections)
+
+
+def _told(search: Search) -> bool:
+    """Whether importances say something."""
+    return len(search.importances) > 1 and len(search.ranked()) >= _FEWEST
 
 
 def _time(search: Search) -> list[str]:
@@ -150,10 +155,3 @@ def _trials(search: Search) -> str:
     note = f"{count(left)} more trials are left out." if left else ""
     note = f'<p class="lead">The best first. {note}</p>'
     return f'{note}<div class="trials">{table(head, rows, "All trials")}</div>'
-
-
-def _commands(search: Search) -> str:
-    return "".join(
-        f'<h3>{escape(why)}</h3><pre tabindex="0"><code>{escape(command)}</code></pre>'
-        for why, command in search.commands
-    )

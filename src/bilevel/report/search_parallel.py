@@ -14,7 +14,7 @@ from bilevel.report.search_plots import MOST_LINES, some
 
 _MOST_AXES = 8
 _WIDE = 30.0  # ratio above which values are drawn on a logarithmic scale
-_GAP, _TOP, _HEIGHT, _LEFT = 150, 34, 250, 40  # pixels
+_WIDTH, _GAP, _TOP, _HEIGHT, _LEFT = 760, 240, 34, 250, 40  # pixels
 _EMPTY = np.zeros(0)
 
 
@@ -52,8 +52,7 @@ def parallel(search: Search) -> str:
     note = f'<p class="lead">{" ".join(said)}</p>' if said else ""
     which = f"the best {count(len(best))}" if len(best) > 1 else "the best"
     keys = [(Line(_EMPTY, _EMPTY, width=2.4), which), (Line(_EMPTY, _EMPTY, ink="s5", width=1.2), "others")]
-    picture = _picture(axes, shown, {trial.number for trial in best}, ranked[0].number)
-    return f'{legend(keys)}{note}<figure class="wide">{picture}</figure>'
+    return legend(keys) + note + _picture(axes, shown, {trial.number for trial in best}, ranked[0].number)
 
 
 def _axis(name: str, values: dict[int, Any], log: bool, measured: str = "") -> _Axis:
@@ -83,23 +82,28 @@ def _axis(name: str, values: dict[int, Any], log: bool, measured: str = "") -> _
 def _picture(axes: list[_Axis], numbers: list[int], best: set[int], first: int) -> str:
     """The lines, the best on top, then the axes."""
     order = sorted(numbers, key=lambda number: (number == first, number in best))
-    lines = "".join(_line(axes, number, number in best, number == first) for number in order)
-    marks = "".join(_marks(axis, i, i == len(axes) - 1) for i, axis in enumerate(axes))
-    width = _LEFT + _GAP * (len(axes) - 1) + 90
+    gap = min(_GAP, max(_WIDTH // (len(axes) - 1), 130))
+    places = [_LEFT + i * gap for i in range(len(axes))]
+    lines = "".join(_line(axes, places, number, number in best, number == first) for number in order)
+    marks = "".join(
+        _marks(axis, x, x == places[0], x == places[-1]) for axis, x in zip(axes, places, strict=True)
+    )
+    width = places[-1] + 90
     label = f"Parallel coordinates of {len(numbers)} trials over {', '.join(axis.name for axis in axes)}"
     return (
-        f'<svg class="plot" viewBox="0 0 {width} {_TOP + _HEIGHT + 16}" role="img" '
-        f'aria-label="{escape(label)}">{lines}{marks}</svg>'
+        f'<figure class="wide" style="max-width:{width}px"><svg class="plot" '
+        f'viewBox="0 0 {width} {_TOP + _HEIGHT + 16}" role="img" aria-label="{escape(label)}">'
+        f"{lines}{marks}</svg></figure>"
     )
 
 
-def _line(axes: list[_Axis], number: int, best: bool, first: bool) -> str:
+def _line(axes: list[_Axis], places: list[int], number: int, best: bool, first: bool) -> str:
     parts, pen = [], "M"
-    for i, axis in enumerate(axes):
+    for axis, x in zip(axes, places, strict=True):
         if number not in axis.places:
             pen = "M"  # a field that this trial did not have
             continue
-        parts.append(f"{pen}{_LEFT + i * _GAP} {_TOP + _HEIGHT * (1 - axis.places[number]):.1f}")
+        parts.append(f"{pen}{x} {_TOP + _HEIGHT * (1 - axis.places[number]):.1f}")
         pen = "L"
     ink, weight, opacity = ("s0", 1.6, 0.9) if best else ("s5", 1.0, 0.35)
     return (
@@ -108,10 +112,9 @@ def _line(axes: list[_Axis], number: int, best: bool, first: bool) -> str:
     )
 
 
-def _marks(axis: _Axis, place: int, last: bool) -> str:
+def _marks(axis: _Axis, x: int, first: bool, last: bool) -> str:
     """The axis itself, its name and its ticks."""
-    x = _LEFT + place * _GAP
-    anchor, shift = ("start", -30) if place == 0 else ("end", 60) if last else ("middle", 0)
+    anchor, shift = ("start", -30) if first else ("end", 60) if last else ("middle", 0)
     name = axis.name if len(axis.name) <= 22 else f"…{axis.name[-21:]}"
     marks = [
         f'<path d="M{x} {_TOP}V{_TOP + _HEIGHT}" stroke="var(--muted)" stroke-width="1"/>',

@@ -71,3 +71,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str) -> str
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
         f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def commands(pairs: Iterable[tuple[str, str]]) -> str:
+    """What to type, each under what it is for."""
+    return "".join(
+        f'<h3>{escape(why)}</h3><pre tabindex="0"><code>{escape(command)}</code></pre>'
+        for why, command in pairs
+    )

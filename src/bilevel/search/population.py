@@ -8,19 +8,18 @@ end the round. Each step can be repeated after a kill at any moment and depends 
 files, so a population that was killed ends with the bytes of one that was not.
 """
 
-import fcntl
 import json
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
 from bilevel.recipes.run import write_text
+from bilevel.search.locks import locked, try_lock
 from bilevel.search.population_member import (
     Member,
     copy_member,
@@ -30,28 +29,27 @@ from bilevel.search.population_member import (
     write_config,
     write_member,
 )
-from bilevel.search.population_rules import decide, first_hyperparameters, ranking
+from bilevel.search.population_rules import decide, first_hyperparameters
 from bilevel.search.population_spec import LINEAGE, Population, read_lineage, read_population
 from bilevel.search.space import apply_values, drawn_values
 
-_LOCK = "population.lock"
 _POLL = 0.2
 
 
-def work(folder: Path, index: int = 0) -> None:
+def train_population(folder: Path, asked: Callable[[], bool] = lambda: False) -> None:
     """Do what is due in a population until it is complete, or a signal asks to leave.
 
     Any number of processes that share the folder may do this at once.
 
     Args:
         folder: where population.json is.
-        index: of this worker; it changes nothing.
+        asked: whether to leave after the member that is being trained.
     """
     folder = Path(folder)
     population = read_population(folder)
     _keep_programs(folder)
-    while True:
-        with locked(folder / _LOCK):
+    while not asked():
+        with locked(folder / "locks" / "round"):
             if advance(folder, population):
                 return
             claim = _claim(folder, population)
@@ -60,14 +58,12 @@ def work(folder: Path, index: int = 0) -> None:
             continue
         number, lock = claim
         with lock:  # closing it gives the member back, and so does dying
-            member = read_member(member_folder(folder, number))
+            here = member_folder(folder, number)
+            member = read_member(here)
             assert member is not None
             begin, until = member.round_number * population.interval, population.until(member.round_number)
-            done = train_member(
-                member_folder(folder, number), begin, until, population.objective, population.validation_tasks
-            )
-        if done is None:
-            return
+            if train_member(here, begin, until, population.objective, population.validation_tasks) is None:
+                return
 
 
 def advance(folder: Path, population: Population) -> bool:
@@ -141,53 +137,23 @@ def _end_round(
             "next": None if last else made.hyperparameters,
         })  # fmt: skip
     write_text(folder / LINEAGE, "".join(json.dumps(row) + "\n" for row in rows))
-    print(_said(population, rows[-population.members :]), flush=True)
 
 
-def _said(population: Population, rows: list[dict[str, Any]]) -> str:
-    """A round in one line."""
-    values = [math.nan if row["value"] is None else row["value"] for row in rows]
-    best = ranking(values, population.maximize)[0]
-    copies = [
-        f"{row['member']} copied {row['copied_from']}" for row in rows if row["copied_from"] is not None
-    ]
-    failed = sum(bool(row["error"]) for row in rows)
-    parts = [
-        f"round {rows[0]['round'] + 1}/{population.rounds}, outer step {rows[0]['step']}",
-        f"best {population.objective} {values[best]:.4g} (member {best})",
-        *([f"{failed} failed"] if failed else []),
-        *([", ".join(copies)] if copies else []),
-    ]
-    return "; ".join(parts)
-
-
-def _claim(folder: Path, population: Population) -> tuple[int, Any] | None:
+def _claim(folder: Path, population: Population) -> tuple[int, IO[bytes]] | None:
     """A member that is to be trained and that no living worker trains, with the lock on it."""
     for number in range(population.members):
-        here = member_folder(folder, number)
-        member = read_member(here)
+        member = read_member(member_folder(folder, number))
         if member is None or member.value is not None:
             continue
-        lock = (here / "lock").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
+        lock = try_lock(folder / "locks" / f"member-{number:02d}")
+        if lock is None:
             continue
         # It may have been finished between the first look and the lock.
-        member = read_member(here)
+        member = read_member(member_folder(folder, number))
         if member is not None and member.value is None:
             return number, lock
         lock.close()
     return None
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone with a file; the system gives it back when the process dies."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _keep_programs(folder: Path) -> None:
