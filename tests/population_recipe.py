@@ -1,6 +1,7 @@
 """A recipe for the tests of populations: one number that gradient descent brings to 3, in milliseconds."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import optax
 import bilevel as bl
 from bilevel.recipes import Experiment
 from bilevel.tasks.fixed import Fixed
+
+NAME = f"{Path(__file__).resolve()}:Number"
 
 
 @dataclass(frozen=True)

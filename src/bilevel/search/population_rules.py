@@ -81,7 +81,7 @@ def from_unit(kind: Numbers | Choices, place: float) -> Any:
 def perturb(kind: Numbers | Choices, drawn: Any, factor: float) -> Any:
     """A value times a factor, kept in its range; one on a grid moves by one step at least.
 
-        h ← clip(factor · h, low, high)
+        h ← clip(factor · h, low, high), or h / factor where h is at that end already
 
     Choices have no order, so they stay: they change by being drawn anew.
 
@@ -90,11 +90,15 @@ def perturb(kind: Numbers | Choices, drawn: Any, factor: float) -> Any:
     """
     if isinstance(kind, Choices):
         return drawn
-    moved, step = _inside(kind, drawn * factor), kind.step or (1 if kind.whole else 0)
-    if moved == drawn and step:
-        up = (factor > 1) == (drawn >= 0)
-        moved = _inside(kind, drawn + (step if up else -step))
-    return moved
+    step = kind.step or (1 if kind.whole else 0)
+    for each in (factor, 1 / factor):
+        moved = _inside(kind, drawn * each)
+        if moved == drawn:
+            up = (each > 1) == (drawn >= 0)
+            moved = _inside(kind, drawn + (step if up else -step))
+        if moved != drawn:
+            return moved
+    return drawn
 
 
 def _inside(kind: Numbers, value: float) -> Any:
@@ -177,6 +181,9 @@ def decide(
                 found[name] = from_unit(kind, place)
             else:
                 found[name] = perturb(kind, taken[name], float(factor))
+        if all(found[name] == taken[name] for name in space):  # a twin would learn nothing new
+            name = sorted(space)[int(rng.integers(len(space)))]
+            found[name] = from_unit(space[name], rng.random())
         explored = {name: (taken[name], found[name]) for name in space if found[name] != taken[name]}
         decisions.append(Decision(donor, {name: found[name] for name in space}, explored))
     return decisions
