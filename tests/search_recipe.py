@@ -23,7 +23,7 @@ class Outer:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Learn where |θ - 1|² is least; the loss at the end is the smaller, the better the rates and the kind."""
+    """Learn where |θ - 1|² is least; how small it gets depends on the rates and on the kind."""
 
     num_meta_steps: int = 8
     seed: int = 0
@@ -37,7 +37,7 @@ class Quadratic:
     bias: bool = True
     outer: Outer = field(default_factory=Outer)
     pause: float = 0.0
-    """Seconds that each chunk takes."""
+    """Seconds that each outer step takes."""
     fail: str = "never"
     """never, build, nan, or die: how a trial with rate above 0.5 ends."""
     loop: bl.Options = field(default_factory=lambda: bl.Options(chunk_size=2, checkpoint_every=2))
@@ -58,9 +58,9 @@ class Quadratic:
 
         def sample(key):
             if self.pause:
-                key = jax.random.wrap_key_data(
-                    jax.pure_callback(_slowly(self.pause), jax.random.key_data(key), jax.random.key_data(key))
-                )
+                data = jax.random.key_data(key)
+                data = jax.pure_callback(_slowly(self.pause), data, data, vmap_method="sequential")
+                key = jax.random.wrap_key_data(data)
             noise = 0.0 * jax.random.normal(key, (self.size,))
             return bl.Task(support=1.0 + noise, query=1.0 + noise)
 

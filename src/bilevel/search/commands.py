@@ -72,7 +72,7 @@ class Flags:
     """How many of the last figures of a run, one a chunk or a validation, its value is the mean of; 1."""
     grid_points: int | None = None
     """Values of a range on a grid; 5."""
-    warm_start: bool | None = None
+    warm_start: bool = False
     """Begin each trial with the meta-parameters of the nearest finished one."""
     storage: str | None = None
     """A journal file, or the URL of an Optuna storage that many machines reach; a file in the folder."""
@@ -125,11 +125,12 @@ def _parse(name: str, saved: Search | None, folder: Path, words: list[str]) -> A
         raise ValueError(f"{name} has a field {clash[0]}, which is a flag of the search; rename the field")
     recipe = cls() if saved is None else saved.build_recipe()
     validation = Validation() if saved is None else saved.build_validation()
+    flags = Flags(warm_start=saved is not None and saved.warm_start)
     help_folder, help_resume = "Where the search is kept.", "Go on with the search there."
     fields: list[Any] = [
         ("recipe", Annotated[cls, tyro.conf.arg(name="")], dataclasses.field(default=recipe)),
         ("validation", Validation, dataclasses.field(default=validation)),
-        ("flags", Annotated[Flags, tyro.conf.arg(name="")], dataclasses.field(default=Flags())),
+        ("flags", Annotated[Flags, tyro.conf.arg(name="")], dataclasses.field(default=flags)),
         ("folder", Annotated[Path, tyro.conf.arg(help=help_folder)], dataclasses.field(default=folder)),
         ("resume", Annotated[bool, tyro.conf.arg(help=help_resume)], dataclasses.field(default=False)),
     ]
@@ -195,7 +196,7 @@ def _make(name: str, parsed: Any, specs: dict[str, str], saved: Search | None) -
         average=flags.average or base.get("average", 1),
         grid_points=flags.grid_points or base.get("grid_points", 5),
         population=base.get("population") or min(50, max(4, (flags.num_trials or _TRIALS) // 5)),
-        warm_start=base.get("warm_start", False) if flags.warm_start is None else flags.warm_start,
+        warm_start=flags.warm_start,
         validation=dataclasses.asdict(parsed.validation),
     )
     if not search.storage:
@@ -315,7 +316,10 @@ def _run(search: Search, folder: Path, flags: Flags, again: str) -> int:
             if left:
                 launcher.run(folder, flags.workers)
         if reason := book.study.user_attrs.get(STOPPED):
-            raise ValueError(f"the search has ended early: {reason}; mend it, then start in another --folder")
+            raise ValueError(
+                f"the search has ended early: {reason}; mend it, then go on with --resume (failed trials stay "
+                "failed), or start in another --folder"
+            )
         finished = len(book.trials(*FINISHED))
         if finished < search.num_trials:
             print(f"stopped after {finished} of {search.num_trials} trials; go on with: {again}")

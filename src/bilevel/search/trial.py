@@ -5,6 +5,7 @@ import shlex
 import shutil
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ _REPORTS = 50  # at most so many figures of a run go to the study
 _LONGEST = 600  # characters of an error's message
 
 
-def run_trial(book: Book, search: Search, space: Space, trial: optuna.Trial, folder: Path) -> bool:
+def run_trial(
+    book: Book,
+    search: Search,
+    space: Space,
+    trial: optuna.Trial,
+    folder: Path,
+    asked: Callable[[], bool] = lambda: False,
+) -> bool:
     """Run a trial to its end, or go on with it, and tell the study.
 
     Whatever it raises is the trial's failure, not the search's: the study keeps the message.
@@ -37,17 +45,20 @@ def run_trial(book: Book, search: Search, space: Space, trial: optuna.Trial, fol
     Args:
         trial: a running one that nobody else works on.
         folder: of the search.
+        asked: whether the worker is to stop; the run then leaves after its chunk.
 
     Returns:
         False when the run was asked to stop before its end: it stays a running trial, with a checkpoint.
     """
     began, before = time.perf_counter(), trial.user_attrs.get("seconds", 0.0)
     try:
-        state, values = _outcome(book, search, space, trial, folder)
+        state, values = _outcome(book, search, space, trial, folder, asked)
     except Exception as error:
         traceback.print_exc()  # into the worker's log
-        state, values = TrialState.FAIL, None
-        book.set(trial.number, error=describe(error))
+        # What is interrupted may come out as an error of any kind, which is not the trial's.
+        state, values = TrialState.RUNNING if asked() else TrialState.FAIL, None
+        if state == TrialState.FAIL:
+            book.set(trial.number, error=describe(error))
     book.set(trial.number, seconds=round(before + time.perf_counter() - began, 3))
     if state != TrialState.RUNNING:
         book.study.tell(trial.number, values, state, skip_if_finished=True)
@@ -55,7 +66,12 @@ def run_trial(book: Book, search: Search, space: Space, trial: optuna.Trial, fol
 
 
 def _outcome(
-    book: Book, search: Search, space: Space, trial: optuna.Trial, folder: Path
+    book: Book,
+    search: Search,
+    space: Space,
+    trial: optuna.Trial,
+    folder: Path,
+    asked: Callable[[], bool],
 ) -> tuple[TrialState, list[float] | None]:
     """The state that a trial comes to, and the values of one that is complete."""
     run = trial_folder(folder, trial.number)
@@ -81,7 +97,7 @@ def _outcome(
         resume,
         shlex.join([*command, "--folder", str(run)]),
         search.build_validation(),
-        on_chunk=[watch],
+        on_chunk=[watch, lambda state, values: asked()],
         begin=begin if search.warm_start else None,
     )
     book.set(trial.number, steps=int(end.step))

@@ -72,7 +72,7 @@ def work(folder: Path, index: int) -> None:
                 time.sleep(_WAIT)  # others may die
                 continue
             with claim.lock, _beating(book, claim.trial.number, not search.embedded(folder)):
-                if not run_trial(book, search, space, claim.trial, folder):
+                if not run_trial(book, search, space, claim.trial, folder, asked):
                     return
             _stop_if_hopeless(book)
             count += 1
@@ -107,7 +107,8 @@ def claim_trial(book: Book, search: Search, folder: Path) -> Claim | None:
 
 
 def _claimed(book: Book, trial: FrozenTrial, lock: IO[bytes], folder: Path) -> Claim:
-    book.set(trial.number, folder=f"trials/{trial.number:04d}", place=_place(folder), heartbeat=time.time())
+    run = f"trials/{trial.number:04d}"
+    book.set(trial.number, folder=run, place=_place(folder), pid=os.getpid(), heartbeat=time.time())
     return Claim(optuna.Trial(book.study, book.id_of(trial.number)), lock)
 
 
@@ -191,10 +192,11 @@ def _output_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _signalled() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C has come; between trials they end the worker at once.
+    """Whether SIGTERM or Ctrl-C has come; a second one acts as usual.
 
-    `bl.train` answers them by leaving at the end of a chunk, which may be the last one: then nothing tells
-    it from a run that is done. Python writes each signal's number into a pipe as well, and that is read here.
+    The first is only noted: raised in the middle of a library or of a write to the storage it could come out
+    as anything, or leave half of something. `bl.train` answers signals by itself, and in its last chunk ends
+    as if none had come; so the bytes are read that Python writes for each signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -203,8 +205,11 @@ def _signalled() -> Iterator[Callable[[], bool]]:
     os.set_blocking(read, False)
     os.set_blocking(write, False)
     previous_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    came = False
+    previous, came = {}, False
+
+    def note(number, frame):
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
     def asked() -> bool:
         nonlocal came
@@ -212,11 +217,14 @@ def _signalled() -> Iterator[Callable[[], bool]]:
             came = came or bool({signal.SIGINT, signal.SIGTERM} & set(os.read(read, 4096)))
         return came
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
     try:
         yield asked
     finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(previous_fd)
-        signal.signal(signal.SIGTERM, previous)
         os.close(read)
         os.close(write)
 
@@ -241,8 +249,8 @@ def _main(folder: str, index: str, workers: str, parent: str) -> int:
         os.sched_setaffinity(0, share)
     try:
         work(Path(folder), int(index))
-    except KeyboardInterrupt:  # the trial that was running is taken up again by another worker
-        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:  # asked twice: the trial that was running is taken up again
+        return 128 + signal.SIGINT
     return 0
 
 
