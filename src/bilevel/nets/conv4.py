@@ -9,7 +9,7 @@ from bilevel.nets.convolution import KERNEL, largest_of_quarters, max_pool, patc
 from bilevel.nets.net import Net
 from bilevel.nets.noise import dropout as drop
 from bilevel.nets.noise import require_rate
-from bilevel.nets.norms import BatchNorm, Norm, as_norm
+from bilevel.nets.norms import BatchNorm, Norm, as_norm, needs_whole_batch
 
 _BLOCKS = 4
 _STRIDE = 2
@@ -101,7 +101,9 @@ def conv4(
             x = drop(x, dropout, key)
         return x if ways is None else x @ params["head"]["w"] + params["head"]["b"]
 
-    return Net(init, lambda params, x: forward(params, x), forward if dropout else None, norm.transductive)
+    noisy = forward if dropout else None
+    whole = needs_whole_batch(norm)
+    return Net(init, lambda params, x: forward(params, x), noisy, norm.transductive, whole)
 
 
 def _places(image_shape: tuple[int, int, int], downsample: str) -> int:

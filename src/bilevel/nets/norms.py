@@ -155,6 +155,15 @@ NORMS: dict[str, Callable[[], Norm]] = {
 }
 
 
+def needs_whole_batch(norm: Norm) -> bool:
+    """Whether examples cannot be normalized apart from each other, as far as is known.
+
+    >>> needs_whole_batch(LayerNorm()), needs_whole_batch(SupportNorm(5))
+    (False, True)
+    """
+    return not isinstance(norm, GroupNorm | LayerNorm | NoNorm)
+
+
 def as_norm(norm: str | Norm, owner: str) -> Norm:
     """The norm of that name, or the norm itself.
 

@@ -9,7 +9,7 @@ from bilevel.nets.convolution import KERNEL, max_pool, patches, product
 from bilevel.nets.net import Net
 from bilevel.nets.noise import drop_block as drop_squares
 from bilevel.nets.noise import dropout, require_rate
-from bilevel.nets.norms import Norm, as_norm
+from bilevel.nets.norms import Norm, as_norm, needs_whole_batch
 
 _SLOPE = 0.1  # of the leaky ReLU
 _LAYERS = 3  # convolutions of a block
@@ -113,7 +113,9 @@ def resnet12(
         x = x.mean((1, 2))
         return x if ways is None else x @ params["head"]["w"] + params["head"]["b"]
 
-    return Net(init, lambda params, x: forward(params, x), forward if drop_block else None, norm.transductive)
+    noisy = forward if drop_block else None
+    whole = needs_whole_batch(norm)
+    return Net(init, lambda params, x: forward(params, x), noisy, norm.transductive, whole)
 
 
 def _check(ways, widths, image_shape, compute_dtype, block_size):
