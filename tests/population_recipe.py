@@ -1,10 +1,12 @@
 """A recipe for the tests of populations: one number that gradient descent brings to 3, in milliseconds."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import bilevel as bl
@@ -24,6 +26,8 @@ class Number:
     size: int = 1
     nothing: str = "a"
     broken: bool = False
+    pause: float = 0.0
+    """Seconds that an outer step takes."""
     loop: bl.Options = field(default_factory=lambda: bl.Options(chunk_size=5, checkpoint_every=5))
 
     def build(self) -> Experiment:
@@ -33,7 +37,16 @@ class Number:
         def loss(params, meta, batch, key):
             return jnp.sum((params - batch) ** 2) / 2
 
-        sample = Fixed(bl.Task(support=jnp.float32(3.0), query=jnp.float32(3.0)))
+        def three():
+            time.sleep(self.pause)
+            return np.float32(3.0)
+
+        def slowly(key):
+            target = jax.pure_callback(three, jax.ShapeDtypeStruct((), jnp.float32), vmap_method="sequential")
+            return bl.Task(support=target, query=target)
+
+        quick = Fixed(bl.Task(support=jnp.float32(3.0), query=jnp.float32(3.0)))
+        sample = slowly if self.pause else quick
         problem = bl.Problem(lambda meta, key: meta, loss, loss)
         learner = bl.Learner(
             problem,

@@ -320,6 +320,7 @@ def test_member_file_survives_what_is_no_number(tmp_path):
     population_member.write_member(
         tmp_path, population_member.Member(2, {"rate": 0.1}, math.nan, "OSError: x")
     )
-    assert math.isnan(json.loads((tmp_path / "member.json").read_text())["value"] or math.nan)
+    assert json.loads((tmp_path / "member.json").read_text())["value"] is None
     member = read_member(tmp_path)
-    assert member is not None and math.isnan(member.value) and member.error == "OSError: x"
+    assert member is not None and member.error == "OSError: x"
+    assert member.value is not None and math.isnan(member.value)

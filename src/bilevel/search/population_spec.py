@@ -128,8 +128,9 @@ def read_population(folder: Path) -> Population:
             f"{folder} holds no population: it has no {FILE}; make one with `bilevel search --method pbt`"
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Population(**{n: tuple(v) if isinstance(v, list) else v for n, v in found.items()})
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return Population(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); begin again in another --folder") from error
 
