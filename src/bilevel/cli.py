@@ -1,4 +1,4 @@
-"""The command line: bilevel train | eval | compare | convert | check | advise | report | recipes | demo."""
+"""The command line: bilevel train | search | eval | compare | convert | check | report | recipes | ..."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import itertools
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,12 +36,13 @@ _USAGE = """\
 bilevel: learn how to learn
 
   bilevel train RECIPE [flags]   meta-train; `bilevel train RECIPE --help` lists every flag
+  bilevel search RECIPE [flags]  tune any of its fields: --space.FIELD log:1e-3..1, many runs, one study
   bilevel eval RUN [flags]       judge a run on fresh tasks of unseen classes
   bilevel compare RUN RUN...     who is better on the same tasks, with a paired interval
   bilevel convert FILES FOLDER   store pictures of any common form, once, to train on them
   bilevel check RECIPE [flags]   is the recipe's hypergradient right? finite differences, in plain words
   bilevel advise RECIPE [flags]  which estimator to take: error, time and memory of each
-  bilevel report RUN...          one HTML page about a run, or comparing several
+  bilevel report RUN...          one HTML page about a run, comparing several, or about a search
   bilevel recipes                the recipes there are
   bilevel demo                   train, evaluate and report maml-glyphs in a few minutes
 
@@ -297,8 +298,42 @@ def _report(words: list[str]) -> int:
     from bilevel.report import write_report  # matplotlib takes a second to import
 
     parsed = _parse("bilevel report", _Report, words, "Write one self-contained HTML page.")
-    print(write_report(parsed.runs, parsed.out))
+    searches = [folder for folder in parsed.runs if _is_search(folder)]
+    if not searches:
+        print(write_report(parsed.runs, parsed.out))
+        return 0
+    if len(parsed.runs) > 1:
+        raise ValueError(f"{searches[0]} is a search: a page is about one search, or about runs")
+    with _extra("search"):
+        from bilevel.search.report import search_report
+
+    print(search_report(searches[0], parsed.out or searches[0] / "report.html"))
     return 0
+
+
+def _is_search(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("search.json", "population.json"))
+
+
+def _search(words: list[str]) -> int:
+    with _extra("search"):
+        from bilevel.search.commands import run_search
+        from bilevel.search.population_commands import run_population
+    method = _flag(words, "--method")
+    if method is None:
+        return run_search(words)
+    if str(method) != "pbt":
+        raise ValueError(f"--method is pbt, a population, or left out for a search; got {method}")
+    return run_population(words)
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say which extra of the package brings a library that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error.name} is missing: pip install "bilevel[{name}]"') from error
 
 
 def _recipes(words: list[str]) -> int:
@@ -392,6 +427,7 @@ def _parse(prog: str, cls: Any, words: list[str], description: str | None) -> An
 
 _COMMANDS = {
     "train": _train,
+    "search": _search,
     "eval": _eval,
     "compare": _compare,
     "convert": _convert,

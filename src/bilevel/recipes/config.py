@@ -10,24 +10,34 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from bilevel.recipes.augmentation_strength import AugmentationStrength
 from bilevel.recipes.baseline_pp import BaselinePP
 from bilevel.recipes.cavia import Cavia
 from bilevel.recipes.cavia_sinusoid import CaviaSinusoid
+from bilevel.recipes.distillation import Distillation
 from bilevel.recipes.glyphs_to_omniglot import GlyphsToOmniglot
+from bilevel.recipes.hyper_cleaning import HyperCleaning
 from bilevel.recipes.imaml import Imaml
+from bilevel.recipes.influence import Influence
+from bilevel.recipes.layer_decay import LayerDecay
 from bilevel.recipes.learned_augmentation import LearnedAugmentation
+from bilevel.recipes.logistic_l2 import LogisticL2
 from bilevel.recipes.maml_glyphs import MamlGlyphs
 from bilevel.recipes.maml_omniglot import MamlOmniglot
 from bilevel.recipes.maml_plus_plus import MamlPlusPlus
 from bilevel.recipes.maml_sinusoid import MamlSinusoid
 from bilevel.recipes.matching_net import MatchingNet
 from bilevel.recipes.meta_curvature import MetaCurvature
+from bilevel.recipes.meta_weight_net import MetaWeightNet
 from bilevel.recipes.metaoptnet import MetaOptNet
+from bilevel.recipes.mixture_weights import MixtureWeights
 from bilevel.recipes.protonet import ProtoNet
 from bilevel.recipes.r2d2 import R2D2
 from bilevel.recipes.relation_net import RelationNet
 from bilevel.recipes.reptile import Reptile
 from bilevel.recipes.reptile_sinusoid import ReptileSinusoid
+from bilevel.recipes.reweight import Reweight
+from bilevel.recipes.schedules import Schedules
 from bilevel.recipes.warp_grad import WarpGrad
 
 RECIPES: dict[str, type] = {
@@ -50,6 +60,16 @@ RECIPES: dict[str, type] = {
     "metaoptnet": MetaOptNet,
     "baseline-plus-plus": BaselinePP,
     "glyphs-to-omniglot": GlyphsToOmniglot,
+    "logistic-l2": LogisticL2,
+    "schedules": Schedules,
+    "layer-decay": LayerDecay,
+    "augmentation-strength": AugmentationStrength,
+    "hyper-cleaning": HyperCleaning,
+    "reweight": Reweight,
+    "meta-weight-net": MetaWeightNet,
+    "influence": Influence,
+    "distillation": Distillation,
+    "mixture-weights": MixtureWeights,
 }
 
 
