@@ -16,7 +16,7 @@ from bilevel.hypergrad import FirstOrderWarning
 from bilevel.hypergrad.single_loop.amigo import AmIGO
 from bilevel.hypergrad.single_loop.f2sa import F2sa
 from bilevel.hypergrad.single_loop.ma_soba import MaSoba
-from bilevel.hypergrad.single_loop.minibatch import checksum, draw
+from bilevel.hypergrad.single_loop.minibatch import checksum, draw_task
 from bilevel.hypergrad.single_loop.saba import Saba
 from bilevel.hypergrad.single_loop.soba import Soba
 from bilevel.hypergrad.single_loop.stocbio import StocBiO
@@ -149,7 +149,7 @@ def test_refusals_name_the_fault_and_the_remedy(estimator):
         bl.hypergradient(reference.problem, ONE, replace(estimator, batch_size=25), meta, task, key)
     ragged = bl.Task((task.support[0], task.support[1][:5]), task.query)
     with pytest.raises(ValueError, match="must share their leading axis"):
-        draw(ragged.support, 2, key)
+        draw_task(ragged, 2, key)
     with pytest.raises(TypeError, match=r"meta\['steps'\] is int32"):
         bl.hypergradient(reference.problem, ONE, estimator, {**meta, "steps": jnp.int32(3)}, task, key)
 
@@ -186,7 +186,9 @@ def test_saba_needs_batches_that_divide_the_rows():
 
 def test_rows_are_drawn_uniformly_and_together():
     batch = {"x": jnp.arange(10.0)[:, None], "y": jnp.arange(10)}
-    drawn = jax.vmap(lambda key: draw(batch, 3, key))(jax.random.split(jax.random.key(0), 3000))
+    drawn = jax.vmap(lambda key: draw_task(bl.Task(batch, None), 3, key).support)(
+        jax.random.split(jax.random.key(0), 3000)
+    )
     assert np.array_equal(drawn["x"][..., 0], drawn["y"])
     counts = np.bincount(np.ravel(drawn["y"]), minlength=10)
     assert np.all(np.abs(counts - 900) < 4 * 900**0.5)

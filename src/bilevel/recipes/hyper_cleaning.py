@@ -175,7 +175,7 @@ class HyperCleaning:
     seed: int = 0
     """Which examples, which labels are corrupted, and all other randomness."""
     estimator: Literal["amigo", "saba", "soba", "ma-soba", "f2sa", "bome", "implicit-cg", "mixed"] = "amigo"
-    """How the hypergradient is obtained; single loops carry the classifier along, the others train it anew."""
+    """How the hypergradient is obtained; single loops carry the classifier along, others train it anew."""
     hidden: tuple[int, ...] = ()
     """Widths of hidden layers: none is a linear softmax classifier; 300 is the published perceptron."""
     num_train: int = 5000
@@ -227,7 +227,8 @@ class HyperCleaning:
             protocol=(
                 f"MNIST, {self.num_train} training examples, {100 * self.share:g} % of whose labels are "
                 f"replaced ({self.noise}), {self.num_clean} clean ones, 10 000 test images; a "
-                f"{in_words(self.hidden)} is trained by {self.eval_steps} steps on the weighted examples and tested"
+                f"{in_words(self.hidden)} is trained by {self.eval_steps} steps on the weighted examples "
+                "and tested"
             ),
             eval_steps=self.eval_steps,
             eval_tasks=self.eval_tasks,

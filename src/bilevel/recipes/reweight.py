@@ -69,8 +69,8 @@ class Reweight:
             sample_test=bl.tasks.Fixed(bl.Task(clean, test)),
             protocol=(
                 f"MNIST, {RARE} against {COMMON}: {self.num_train} training examples, {100 * self.share:g} % "
-                f"of them {COMMON}; {self.num_clean} balanced clean ones, never trained on; all {len(test[1])} "
-                "test images of the two"
+                f"of them {COMMON}; {self.num_clean} balanced clean ones, never trained on; all "
+                f"{len(test[1])} test images of the two"
             ),
             eval_steps=0,
             eval_tasks=2,

@@ -70,7 +70,7 @@ def _result(search: Search) -> str:
     terms = f'<dl class="terms">{terms}</dl>' if terms else ""
     if not search.trials:
         return f'<p class="empty">No trial has begun yet.</p>{terms}'
-    ranked = search.ranked()
+    ranked, objective = search.ranked(), search.objectives[0]
     if not ranked:
         why = "all trials failed" if len(search.of("failed")) == len(search.trials) else "none has finished"
         return f'<p class="empty">There is no best trial: {why}.</p>{_errors(search)}{terms}'
@@ -79,11 +79,11 @@ def _result(search: Search) -> str:
         said = f"{count(found)} trial{'s' if found > 1 else ''} that no other is better than in everything"
         hero = f'<p class="hero"><b>{count(found)}</b><small>{said}</small></p>'
         return hero + _best_table(search, search.not_dominated()) + terms
-    best, name = ranked[0], search.objectives[0].name
+    best, name = ranked[0], objective.name
     hero = (
         f'<p class="hero"><b>{measure(name, best.values[0])}</b>'
         f"<small>{escape(figure_name(name))} of trial {best.number}, the "
-        f"{'largest' if search.objectives[0].maximize else 'smallest'} of {count(len(ranked))}</small></p>"
+        f"{'largest' if objective.maximize else 'smallest'} of {count(len(ranked))}</small></p>"
     )
     return hero + _best_table(search, ranked[:5]) + _errors(search) + terms
 

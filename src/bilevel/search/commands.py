@@ -317,8 +317,8 @@ def _run(search: Search, folder: Path, flags: Flags, again: str) -> int:
                 launcher.run(folder, flags.workers)
         if reason := book.study.user_attrs.get(STOPPED):
             raise ValueError(
-                f"the search has ended early: {reason}; mend it, then go on with --resume (failed trials stay "
-                "failed), or start in another --folder"
+                f"the search has ended early: {reason}; mend it, then go on with --resume (what has failed "
+                "stays so), or start in another --folder"
             )
         finished = len(book.trials(*FINISHED))
         if finished < search.num_trials:

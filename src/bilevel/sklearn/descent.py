@@ -1,7 +1,7 @@
 """The outer loop: the mean validation loss of the folds, its hypergradient, and L-BFGS-B on the logarithms."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,31 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
-from bilevel.hypergrad.common import split_keys
 from bilevel.inner import ClosedForm
 from bilevel.problem import Estimator
 from bilevel.sklearn.models import Model
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _evaluate(model: Model, estimator: Estimator | None, theta: dict, tasks: Any) -> tuple:
-    """Loss and hypergradient of each fold, one after another; the tasks, where they go on from."""
-    learner, key = model.learner(estimator), jax.random.key(0)
+def _evaluate(model: Model, estimator: Estimator | None, theta: dict, task: Any) -> tuple:
+    """Hypergradient of one fold, and the task from where it got to."""
+    learner = model.learner(estimator)
+    problem, solver, stats = learner.problem, learner.solver, {}
+    key = jax.random.key(0, impl="unsafe_rbg")  # nothing is drawn from it; this kind compiles fastest
     warm: Callable | None = getattr(model, "warm", None)
-
-    def one(task):
-        problem, solver, stats = learner.problem, learner.solver, {}
-        if warm is not None:
-            inner_key, _ = split_keys(key)
-            found = solver.solve(problem, theta, task, inner_key)
-            task, stats = warm(task, found.params), found.stats
-            # The estimator is handed the solution: `learner` has seen to it that it asks for no more.
-            solver = ClosedForm(lambda meta, support, key: support.start)
-        state = learner.estimator.init(problem, solver, theta, task, key)
-        h, _ = learner.estimator.estimate(problem, solver, theta, task, state, key)
-        return h.value, h.grad, {**h.stats, **stats}, task
-
-    return jax.lax.map(one, tasks)
+    if warm is not None:
+        found = solver.solve(problem, theta, task, key)
+        task, stats = warm(task, found.params), found.stats
+        # The estimator is handed the solution: that it asks for no more `learner` has seen to.
+        solver = ClosedForm(lambda meta, support, key: support.start)
+    state = learner.estimator.init(problem, solver, theta, task, key)
+    h, _ = learner.estimator.estimate(problem, solver, theta, task, state, key)
+    return h._replace(stats={**h.stats, **stats}), task
 
 
 @dataclass
@@ -70,14 +65,15 @@ class CrossValidation:
     Args:
         model: the inner problem.
         estimator: in place of the model's own; None for that.
-        tasks: leaves `[folds, ...]` of NumPy.
+        tasks: one a fold, of equal shapes.
 
-    Cost of a call: a fit and a hypergradient for each fold. In float64, whatever JAX is set to.
+    Cost of a call: a fit and a hypergradient for each fold, one fold after another: side by side all of them would
+    iterate as long as the slowest. In float64, whatever JAX is set to.
     """
 
     model: Model
     estimator: Estimator | None
-    tasks: Any
+    tasks: list[Any]
     history: list[Evaluation] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
@@ -85,17 +81,16 @@ class CrossValidation:
         """Also appended to `history`."""
         with jax.enable_x64(True):
             theta = {name: jnp.asarray(value, jnp.float64) for name, value in theta.items()}
-            values, grads, stats, tasks = _evaluate(self.model, self.estimator, theta, self.tasks)
-            mean = {name: np.mean(np.asarray(grad), 0) for name, grad in grads.items()}
-            figures = {name: float(np.mean(np.asarray(value))) for name, value in stats.items()}
-            losses = np.asarray(values)
-            if hasattr(self.model, "warm") and np.all(np.isfinite(losses)):
-                self.tasks = tasks
-            doubts = self._doubts(figures)
+            found, self.tasks = zip(
+                *(_evaluate(self.model, self.estimator, theta, task) for task in self.tasks)
+            )
+            losses = np.array([h.value for h in found])
+            mean = {name: np.mean([h.grad[name] for h in found], 0) for name in theta}
+            doubts = self._doubts({name: float(np.mean([h.stats[name] for h in found])) for name in found[0].stats})
         params = {name: np.exp(np.asarray(value))[()] for name, value in theta.items()}
-        found = Evaluation(params, losses, mean, time.perf_counter() - self.began, doubts)
-        self.history.append(found)
-        return found
+        evaluation = Evaluation(params, losses, mean, time.perf_counter() - self.began, doubts)
+        self.history.append(evaluation)
+        return evaluation
 
     def _doubts(self, figures: dict[str, float]) -> list[str]:
         ask = getattr(self.model.learner(self.estimator).estimator, "doubts", None)
@@ -164,7 +159,3 @@ def descend(
 def _flat(parts: Any) -> np.ndarray:
     return np.concatenate([np.ravel(part) for part in parts]).astype(np.float64)
 
-
-def stack(tasks: Sequence[Any]) -> Any:
-    """Tasks of one shape with a leading `[folds]` axis."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *tasks)

@@ -114,11 +114,11 @@ def pad(folds: Sequence[Fold], features: bool) -> list[Fold]:
     >>> part = lambda n: Part(np.ones((n, 2)), np.ones((n, 1)), np.ones(n))
     >>> longer, shorter = pad([Fold(part(3), part(1), 3), Fold(part(2), part(2), 2)], features=True)
     >>> shorter.support.x.shape, shorter.support.w.sum(), longer.query.w.sum()
-    ((16, 8), 2.0, 1.0)
+    ((64, 16), 2.0, 1.0)
     """
-    rows = [_rounded(max(len(fold[i].w) for fold in folds), 16) for i in (0, 1)]
+    rows = [_rounded(max(len(fold[i].w) for fold in folds), 64) for i in (0, 1)]
     width = folds[0].support.x.shape[1]
-    wider = _rounded(width, 8) - width if features else 0
+    wider = _rounded(width, 16) - width if features else 0
 
     def longer(part: Part, rows: int) -> Part:
         more = rows - len(part.w)

@@ -70,33 +70,34 @@ class PerFeature(MetaEstimatorMixin, BaseEstimator):  # scikit-learn's protocol 
     def _scaled(self, X):
         return X * self.feature_scale_ if not hasattr(X, "multiply") else X.multiply(self.feature_scale_).tocsr()
 
-    def _read(self, X):
+    def _ask(self, name: str, X, *args, **kwargs):
         check_is_fitted(self)
-        return self._scaled(validate_data(self, X, accept_sparse=("csr", "csc"), reset=False))
+        X = self._scaled(validate_data(self, X, accept_sparse=("csr", "csc"), reset=False))
+        return getattr(self.estimator_, name)(X, *args, **kwargs)
 
     @_has("predict")
     def predict(self, X):
         """As the estimator's."""
-        return self.estimator_.predict(self._read(X))
+        return self._ask("predict", X)
 
     @_has("predict_proba")
     def predict_proba(self, X):
         """As the estimator's."""
-        return self.estimator_.predict_proba(self._read(X))
+        return self._ask("predict_proba", X)
 
     @_has("predict_log_proba")
     def predict_log_proba(self, X):
         """As the estimator's."""
-        return self.estimator_.predict_log_proba(self._read(X))
+        return self._ask("predict_log_proba", X)
 
     @_has("decision_function")
     def decision_function(self, X):
         """As the estimator's."""
-        return self.estimator_.decision_function(self._read(X))
+        return self._ask("decision_function", X)
 
     def score(self, X, y, sample_weight=None):
         """As the estimator's: accuracy or R²."""
-        return self.estimator_.score(self._read(X), y, sample_weight=sample_weight)
+        return self._ask("score", X, y, sample_weight=sample_weight)
 
     @property
     def coef_(self):

@@ -22,7 +22,7 @@ from sklearn.utils.validation import (
 )
 
 from bilevel.sklearn.dense import dense
-from bilevel.sklearn.descent import CrossValidation, Evaluation, descend, stack
+from bilevel.sklearn.descent import CrossValidation, Evaluation, descend
 from bilevel.sklearn.folds import make_folds, pad
 from bilevel.sklearn.models import model_of, parameters
 from bilevel.sklearn.options import Space, read_space, require_options
@@ -208,7 +208,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
         own = getattr(model, "random_state", None)
         seed = own if isinstance(own, int | np.integer) else rng.randint(2**31 - 1)
         padded = pad(folds, features=not self.per_feature and twin.per_feature is not None)
-        return CrossValidation(twin, self.hypergradient, stack([twin.task(fold, seed) for fold in padded]))
+        return CrossValidation(twin, self.hypergradient, [twin.task(fold, seed) for fold in padded])
 
     def _search(self, objective, space: Space, model, num_features: int, rng) -> bool:
         """Whether every descent ended by itself; the evaluations are in the objective's history."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from bilevel.hypergrad.common import split_keys
 from bilevel.hypergrad.requirements import (
@@ -13,7 +14,7 @@ from bilevel.hypergrad.requirements import (
     require_positive,
     require_stepping,
 )
-from bilevel.hypergrad.single_loop.minibatch import SERIES, draw_task
+from bilevel.hypergrad.single_loop.minibatch import SERIES, entry, pick, pick_task, row_numbers
 from bilevel.hypergrad.single_loop.warm_start import (
     Warm,
     implicit_hypergradient,
@@ -94,18 +95,20 @@ class AmIGO:
         """One direction in θ at the φ and q that the steps of this call have reached."""
         inner_key, outer_key = split_keys(key)
         step_key, series_key = jax.random.split(inner_key)[1], jax.random.fold_in(inner_key, SERIES)
-        inner = move_inner(problem, solver, meta, task, state.inner, step_key, self.batch_size)
-        rows = draw_task(task, self.batch_size, inner_key)
+        moves = solver.num_steps
+        numbers = row_numbers(task, self.batch_size, key, moves + self.linear_steps + 1)
+        moving, following = entry(numbers.support, slice(moves)), entry(numbers.support, slice(moves, -1))
+        rows = pick_task(task, numbers, -1, 0)
+        inner = move_inner(problem, solver, meta, task, state.inner, step_key, moving)
         direct, slope = outer_parts(problem, inner.params, meta, rows, outer_key)
         warn_of_leaves_out_of_sight(self, problem, inner.params, meta, rows, key)
 
-        def linear(q, k):
-            k_key = jax.random.fold_in(series_key, k)
-            drawn = draw_task(task, self.batch_size, k_key).support
+        def linear(q, term):
+            k_key, drawn = jax.random.fold_in(series_key, term[0]), pick(task.support, term[1])
             products = inner_products(problem, inner.params, meta, drawn, k_key, q)
             return linear_step(q, products.hessian_q, slope, self.linear_rate), None
 
-        q, _ = jax.lax.scan(linear, state.q, jax.numpy.arange(self.linear_steps))
+        q, _ = jax.lax.scan(linear, state.q, (jnp.arange(self.linear_steps), following))
         products = inner_products(problem, inner.params, meta, rows.support, step_key, q)
         h, trail = implicit_hypergradient(direct, products, slope, q, state.trail)
         return h, Warm(inner, q, trail)

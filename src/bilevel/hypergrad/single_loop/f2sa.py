@@ -7,13 +7,15 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergrad.common import split_keys
-from bilevel.hypergrad.first_order.penalized import penalty_doubts, penalty_hypergradient, pulled, pulled_task
+from bilevel.hypergrad.common import differentiate, gradient_stats, outer_objective, split_keys
+from bilevel.hypergrad.first_order.penalized import penalty_doubts
 from bilevel.hypergrad.requirements import require_count_or_none, require_positive, require_single_step
-from bilevel.hypergrad.single_loop.minibatch import draw_task
+from bilevel.hypergrad.residuals import cancellation, norm, ratio
+from bilevel.hypergrad.single_loop.minibatch import pick_task, row_numbers
 from bilevel.hypergrad.single_loop.warm_start import (
     Trail,
     follow,
+    given,
     start_trail,
     warn_of_leaves_out_of_sight,
     without_noise,
@@ -22,7 +24,12 @@ from bilevel.problem import (
     Hypergradient,
     InnerSolver,
     InnerState,
+    Key,
+    Meta,
+    Params,
     Problem,
+    Scalar,
+    Task,
 )
 
 
@@ -56,11 +63,12 @@ class F2sa:
     Warns:
         FirstOrderWarning: naming each leaf of meta that enters neither loss: its gradient is exactly zero.
 
-    Stats: as in `Penalty` but for `penalty_residual`, of the rows drawn; the largest residual so far stands
-    in for ‖∇φ g(φ₀)‖. `inner_drift` and `linear_drift` as in `Soba`.
+    Stats: as in `Penalty` but for `penalty_residual`, of the rows drawn. `inner_loss` and the residuals are
+    those of the steps, where the call began; the largest residual so far stands in for ‖∇φ g(φ₀)‖.
+    `inner_drift` and `linear_drift` as in `Soba`.
 
-    Cost: 7 gradients of a minibatch; memory of two inner states, independent of dim θ. Biased by O(1/λ), and
-    while ψ and φ lag behind θ: the outer rate must fall as λ grows.
+    Cost: 3 gradients in φ and 3 in θ of a minibatch; memory of two inner states, independent of dim θ. Biased
+    by O(1/λ), and while ψ and φ lag behind θ: the outer rate must fall as λ grows.
 
     Reference: Kwon, Kwon, Wright, Nowak, A fully first-order method for stochastic bilevel optimization,
     2023.
@@ -108,18 +116,29 @@ class F2sa:
         inner_key, outer_key = split_keys(key)
         step_key = jax.random.split(inner_key)[1]
         multiplier = self.multiplier + self.growth * jnp.asarray(state.count, float)
-        rows = draw_task(task, self.batch_size, inner_key)
+        numbers = row_numbers(task, self.batch_size, key, 2, 2)
+        rows, fresh = pick_task(task, numbers, 0, 0), pick_task(task, numbers, 1, 1)
         warn_of_leaves_out_of_sight(self, problem, state.psi.params, meta, rows, key)
 
-        psi, _ = solver.step(problem, meta, rows, state.psi, step_key)
-        lifted = pulled(problem, multiplier, outer_key)
-        phi, _ = solver.step(lifted, meta, pulled_task(rows), state.phi, step_key)
-        fresh = draw_task(task, self.batch_size, step_key)
-        h, residuals = penalty_hypergradient(
-            problem, psi.params, phi.params, multiplier, meta, fresh, (step_key, outer_key)
-        )
-        stats, trail = follow(state.trail, *residuals)
-        return h._replace(stats={**h.stats, **stats}), F2saState(psi, phi, state.count + 1, trail)
+        # The gradients that move ψ and φ say how far both have settled as well: no others are taken for that.
+        gradient = jax.value_and_grad(problem.inner_loss)
+        psi_loss, at_psi = gradient(state.psi.params, meta, rows.support, step_key)
+        phi_loss, at_phi = gradient(state.phi.params, meta, rows.support, step_key)
+        slope = jax.grad(problem.outer_loss)(state.phi.params, meta, rows.query, outer_key)
+        pulled = jax.tree.map(lambda g, s: g + s / multiplier.astype(s.dtype), at_phi, slope)
+        psi, _ = solver.step(problem, meta, rows, state.psi, step_key, given(psi_loss, at_psi))
+        phi, _ = solver.step(problem, meta, rows, state.phi, step_key, given(phi_loss, pulled))
+
+        h = _direction(problem, psi.params, phi.params, multiplier, meta, fresh, (step_key, outer_key))
+        mismatch = jax.tree.map(lambda p, g: multiplier.astype(p.dtype) * (p - g), pulled, at_psi)
+        residuals, trail = follow(state.trail, at_psi, mismatch)
+        stats = {
+            "inner_loss": psi_loss,
+            **h.stats,
+            **residuals,
+            "linear_residual": ratio(norm(mismatch), norm(slope)),
+        }
+        return h._replace(stats=stats), F2saState(psi, phi, state.count + 1, trail)
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
         """Why the estimate may be wrong, given its stats."""
@@ -130,3 +149,31 @@ class F2sa:
             settle="carry the state through more calls, raise the inner rate, or lower the outer learning "
             "rate and the growth of the multiplier",
         )
+
+
+def _direction(
+    problem: Problem,
+    psi: Params,
+    phi: Params,
+    multiplier: Scalar,
+    meta: Meta,
+    task: Task,
+    keys: tuple[Key, Key],
+) -> Hypergradient:
+    """∂θ f(φ) + λ (∂θ g(φ) − ∂θ g(ψ)); the value is f(ψ). `keys` are those of g and of f."""
+    inner_key, outer_key = keys
+    value, stats = outer_objective(problem, psi, meta, task, outer_key)
+    direct = differentiate(lambda m: (problem.outer_loss(phi, m, task.query, outer_key), {}), meta).grad
+    slope = jax.grad(problem.inner_loss, argnums=1)
+    at_phi, at_psi = (slope(params, meta, task.support, inner_key) for params in (phi, psi))
+    pull = jax.tree.map(lambda x, y: multiplier.astype(x.dtype) * (x - y), at_phi, at_psi)
+    grad = jax.tree.map(lambda d, p: d + p, direct, pull)
+    rounding = jnp.maximum(cancellation(phi, psi), cancellation(at_phi, at_psi))
+    stats = {
+        **stats,
+        **gradient_stats(value, grad),
+        "multiplier": multiplier,
+        # What the difference contributes is what its rounding error is a part of.
+        "rounding": rounding * ratio(norm(pull), norm(grad)),
+    }
+    return Hypergradient(value, grad, stats)

@@ -34,31 +34,59 @@ def num_rows(batch: Batch, batch_size: int, part: str) -> int | None:
     return rows
 
 
-def draw(batch: Batch, batch_size: int | None, key: Key, part: str = "support") -> Batch:
-    """`batch_size` rows of a batch, uniformly and with replacement; all rows, in order, for None.
+def row_numbers(task: Task, batch_size: int | None, key: Key, count: int = 1, query_count: int = 1) -> Task:
+    """Which rows each minibatch of a call takes: `count` of the support and `query_count` of the query.
 
     With replacement the draws are independent: the mean over them is unbiased with a variance that is
-    exactly proportional to 1 / batch_size, and the cost does not grow with the number of rows.
+    exactly proportional to 1 / batch_size, and the cost does not grow with the number of rows. They are
+    uniform to within the number of rows over 2³².
 
-    >>> draw((jnp.ones((5, 3)), jnp.ones(5)), 2, jax.random.key(0))[0].shape
-    (2, 3)
+    Returns:
+        int32 support `[count, batch_size]` and query `[query_count, batch_size]`; None for a part of which all
+        is taken.
+
+    >>> row_numbers(Task(jnp.ones(5), None), 2, jax.random.key(0), count=3).support.shape
+    (3, 2)
     """
     if batch_size is None:
+        return Task(None, None)
+    # One call for all of them: on small batches a call of the generator costs as much as the products.
+    bits = jax.random.bits(jax.random.fold_in(key, _ROWS), (count + query_count, batch_size), jnp.uint32)
+
+    def below(bits, batch, part):
+        rows = num_rows(batch, batch_size, part)
+        return None if rows is None else (bits % jnp.uint32(rows)).astype(jnp.int32)
+
+    return Task(below(bits[:count], task.support, "support"), below(bits[count:], task.query, "query"))
+
+
+def pick(batch: Batch, numbers: jax.Array | None) -> Batch:
+    """The rows of a batch with these numbers; all of them, in order, for None.
+
+    >>> pick((jnp.ones((5, 3)), jnp.ones(5)), jnp.array([4, 0]))[0].shape
+    (2, 3)
+    """
+    if numbers is None:
         return batch
-    rows = num_rows(batch, batch_size, part)
-    if rows is None:
-        return batch
-    chosen = jax.random.randint(key, (batch_size,), 0, rows)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], batch)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).at[numbers].get(mode="promise_in_bounds"), batch)
 
 
 def draw_task(task: Task, batch_size: int | None, key: Key) -> Task:
-    """Independent rows of support and query."""
-    support_key, query_key = jax.random.split(jax.random.fold_in(key, _ROWS))
+    """Independent rows of support and query, drawn uniformly and with replacement."""
+    numbers = row_numbers(task, batch_size, key)
+    return pick_task(task, numbers, 0, 0)
+
+
+def pick_task(task: Task, numbers: Task, support: int, query: int) -> Task:
+    """The support with the row numbers at one place of what `row_numbers` returned, the query at another."""
     return Task(
-        draw(task.support, batch_size, support_key, "support"),
-        draw(task.query, batch_size, query_key, "query"),
+        pick(task.support, entry(numbers.support, support)), pick(task.query, entry(numbers.query, query))
     )
+
+
+def entry(numbers: jax.Array | None, index: int | slice) -> jax.Array | None:
+    """`numbers[index]`, where there are any."""
+    return None if numbers is None else numbers[index]
 
 
 def cut(batch: Batch, batch_size: int | None, part: str) -> tuple[Batch, int]:
@@ -83,6 +111,16 @@ def cut(batch: Batch, batch_size: int | None, part: str) -> tuple[Batch, int]:
         )
     count = rows // batch_size
     return jax.tree.map(lambda leaf: jnp.reshape(leaf, (count, batch_size, *leaf.shape[1:])), batch), count
+
+
+def batch_numbers(counts: tuple[int, ...], key: Key) -> tuple[jax.Array, ...]:
+    """A number below each of the counts, uniform as in `row_numbers`.
+
+    >>> [int(number) for number in batch_numbers((1, 1), jax.random.key(0))]
+    [0, 0]
+    """
+    bits = jax.random.bits(jax.random.fold_in(key, _ROWS), (len(counts),), jnp.uint32)
+    return tuple((bits[i] % jnp.uint32(n)).astype(jnp.int32) for i, n in enumerate(counts))
 
 
 def take(batches: Batch, index: jax.Array) -> Batch:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bilevel.hypergrad.common import split_keys
 from bilevel.hypergrad.requirements import require_count_or_none, require_positive, require_single_step
 from bilevel.hypergrad.residuals import doubt_above
-from bilevel.hypergrad.single_loop.minibatch import cut, take
+from bilevel.hypergrad.single_loop.minibatch import batch_numbers, cut, take
 from bilevel.hypergrad.single_loop.saga import Table, look_up, make_table
 from bilevel.hypergrad.single_loop.warm_start import (
     Warm,
@@ -116,9 +116,9 @@ class Saba:
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, SabaState]:
         """One direction in θ, and the state after a step of φ, of q and of the tables."""
         inner_key, outer_key = split_keys(key)
-        init_key, step_key = jax.random.split(inner_key)
+        step_key = jax.random.split(inner_key)[1]
         warm, params = state.warm, state.warm.inner.params
-        i, j, rows = self._draw(task, init_key)
+        i, j, rows = self._draw(task, key)
 
         direct, slope = outer_parts(problem, params, meta, rows, outer_key)
         warn_of_leaves_out_of_sight(self, problem, params, meta, rows, key)
@@ -140,9 +140,7 @@ class Saba:
     def _draw(self, task: Task, key: Key) -> tuple[jax.Array, jax.Array, Task]:
         support, num_support = cut(task.support, self.batch_size, "support")
         query, num_query = cut(task.query, self.batch_size, "query")
-        support_key, query_key = jax.random.split(key)
-        i = jax.random.randint(support_key, (), 0, num_support)
-        j = jax.random.randint(query_key, (), 0, num_query)
+        i, j = batch_numbers((num_support, num_query), key)
         return i, j, Task(take(support, i), take(query, j))
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:

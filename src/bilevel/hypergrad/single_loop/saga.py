@@ -44,10 +44,30 @@ def look_up(table: Table, index: jax.Array, value: Any, batch: Any) -> tuple[Any
     Unbiased over a uniform i, with a variance that vanishes when the values stop moving.
     """
     count = table.checksums.shape[0]
-    row = jax.tree.map(lambda leaf: leaf[index], table.rows)
+    row, place = _read(table.rows, index)
     change = jax.tree.map(lambda new, old: new - old, value, row)
     reduced = jax.tree.map(lambda c, m: c + m, change, table.mean)
-    rows = jax.tree.map(lambda leaf, new: leaf.at[index].set(new), table.rows, value)
+    rows = jax.tree.map(
+        lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, place, 0), table.rows, value
+    )
     mean = jax.tree.map(lambda m, c: m + c / count, table.mean, change)
     changed = table.checksums[index] != checksum(batch)
     return reduced, Table(rows, mean, table.checksums), changed
+
+
+def _read(rows, index):
+    """Row `index`, and the index again, which is not known before the row has been read.
+
+    The compiler writes a row in place only where every read of it must come first. It copies the whole table
+    otherwise, and it sees through `optimization_barrier`; it does not see through a condition.
+    """
+
+    def read():
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), rows
+        ), index
+
+    def never():
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), rows), jnp.zeros_like(index)
+
+    return jax.lax.cond(index >= 0, read, never)

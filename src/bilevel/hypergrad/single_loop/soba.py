@@ -93,7 +93,7 @@ class Soba:
         """One direction in θ, and the state after a step of φ and of q."""
         inner_key, outer_key = split_keys(key)
         step_key = jax.random.split(inner_key)[1]
-        params, rows = state.inner.params, draw_task(task, self.batch_size, inner_key)
+        params, rows = state.inner.params, draw_task(task, self.batch_size, key)
         direct, slope = outer_parts(problem, params, meta, rows, outer_key)
         warn_of_leaves_out_of_sight(self, problem, params, meta, rows, key)
         products = inner_products(problem, params, meta, rows.support, step_key, state.q)

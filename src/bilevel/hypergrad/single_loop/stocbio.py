@@ -14,7 +14,7 @@ from bilevel.hypergrad.requirements import (
     require_positive,
     require_stepping,
 )
-from bilevel.hypergrad.single_loop.minibatch import SERIES, draw_task
+from bilevel.hypergrad.single_loop.minibatch import SERIES, entry, pick, pick_task, row_numbers
 from bilevel.hypergrad.single_loop.warm_start import (
     Warm,
     implicit_hypergradient,
@@ -93,20 +93,22 @@ class StocBiO:
         """One direction in θ at the φ that the steps of this call have reached."""
         inner_key, outer_key = split_keys(key)
         step_key, series_key = jax.random.split(inner_key)[1], jax.random.fold_in(inner_key, SERIES)
-        inner = move_inner(problem, solver, meta, task, state.inner, step_key, self.batch_size)
-        rows = draw_task(task, self.batch_size, inner_key)
+        moves = solver.num_steps
+        numbers = row_numbers(task, self.batch_size, key, moves + self.num_neumann)
+        moving, following = entry(numbers.support, slice(moves)), entry(numbers.support, slice(moves, -1))
+        rows = pick_task(task, numbers, -1, 0)
+        inner = move_inner(problem, solver, meta, task, state.inner, step_key, moving)
         direct, slope = outer_parts(problem, inner.params, meta, rows, outer_key)
         warn_of_leaves_out_of_sight(self, problem, inner.params, meta, rows, key)
 
-        def term(carry, k):
+        def term(carry, numbered):
             r, total = carry
-            k_key = jax.random.fold_in(series_key, k)
-            drawn = draw_task(task, self.batch_size, k_key).support
+            k_key, drawn = jax.random.fold_in(series_key, numbered[0]), pick(task.support, numbered[1])
             hessian_r = inner_products(problem, inner.params, meta, drawn, k_key, r).hessian_q
             r = jax.tree.map(lambda r, h: r - self.neumann_rate * h, r, hessian_r)
             return (r, jax.tree.map(lambda t, r: t + r, total, r)), None
 
-        (_, total), _ = jax.lax.scan(term, (slope, slope), jnp.arange(self.num_neumann - 1))
+        (_, total), _ = jax.lax.scan(term, (slope, slope), (jnp.arange(self.num_neumann - 1), following))
         q = jax.tree.map(lambda t: self.neumann_rate * t, total)
         products = inner_products(problem, inner.params, meta, rows.support, step_key, q)
         h, trail = implicit_hypergradient(direct, products, slope, q, state.trail)

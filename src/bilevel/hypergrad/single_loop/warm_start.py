@@ -19,7 +19,7 @@ from bilevel.hypergrad.residuals import (
     ratio,
     warn_of_zero_leaves,
 )
-from bilevel.hypergrad.single_loop.minibatch import draw_task
+from bilevel.hypergrad.single_loop.minibatch import pick
 from bilevel.linalg import mixed_gradient
 from bilevel.problem import (
     Batch,
@@ -155,15 +155,15 @@ def move_inner(
     task: Task,
     inner: InnerState,
     key: Key,
-    batch_size: int | None,
+    numbers: jax.Array | None,
 ) -> InnerState:
-    """All steps of the solver from where it stands, each on rows of its own."""
+    """All steps of the solver from where it stands, each on rows of its own: `numbers` [num_steps, batch]."""
 
-    def step(inner, k):
-        rows = draw_task(task, batch_size, jax.random.fold_in(key, k))
+    def step(inner, numbers):
+        rows = task._replace(support=pick(task.support, numbers))
         return solver.step(problem, meta, rows, inner, key)[0], None
 
-    return jax.lax.scan(step, inner, jnp.arange(solver.num_steps))[0]
+    return jax.lax.scan(step, inner, numbers, length=solver.num_steps)[0]
 
 
 def implicit_hypergradient(
