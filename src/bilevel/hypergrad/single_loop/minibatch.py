@@ -42,8 +42,8 @@ def row_numbers(task: Task, batch_size: int | None, key: Key, count: int = 1, qu
     uniform to within the number of rows over 2³².
 
     Returns:
-        int32 support `[count, batch_size]` and query `[query_count, batch_size]`; None for a part of which all
-        is taken.
+        int32 support `[count, batch_size]` and query `[query_count, batch_size]`; None for a part that is
+        taken whole.
 
     >>> row_numbers(Task(jnp.ones(5), None), 2, jax.random.key(0), count=3).support.shape
     (3, 2)
