@@ -162,8 +162,9 @@ def _connected(ray: Any, launcher: RayLauncher, workers: int) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConnectionError(
-                f"no Ray cluster at {launcher.address} ({reason}); start one with `ray start --head`, or "
-                "leave --address out to use this machine"
+                f"no Ray cluster lets us in at {launcher.address} ({reason}); start one with `ray start "
+                "--head`, set RAY_AUTH_MODE=token where it wants a token, or leave --address out to use this "
+                "machine"
             ) from None
     try:
         yield
