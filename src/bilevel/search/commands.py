@@ -111,8 +111,17 @@ def run_search(words: list[str]) -> int:
         raise ValueError(
             f"{folder} holds another search: {difference}; leave the flag out, or take another --folder"
         )
-    again = shlex.join(["bilevel", "search", name, "--folder", str(folder), "--resume"])
-    return _run(search, folder, parsed.flags, again)
+    return _run(search, folder, parsed.flags, _again(name, folder, parsed.flags))
+
+
+def _again(name: str, folder: Path, flags: Flags) -> str:
+    """The command that goes on."""
+    words = ["bilevel", "search", name, "--folder", str(folder), "--resume"]
+    usual = Flags()
+    for flag in ("launcher", "address", "workers"):  # how it runs is not kept in the folder
+        if (value := getattr(flags, flag)) != getattr(usual, flag):
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
 
 
 def _parse(name: str, saved: Search | None, folder: Path, words: list[str]) -> Any:

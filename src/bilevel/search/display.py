@@ -48,7 +48,8 @@ def watching(search: Search, say: Callable[[str], None]) -> Iterator[None]:
 def line(book: Book, search: Search, trial: FrozenTrial) -> str:
     """One trial that has ended, in a line."""
     took = f"{trial.user_attrs.get('seconds', 0):.3g} s"
-    head = f"trial {trial.number:>4} of {search.num_trials}"
+    ended, width = len(book.trials(*FINISHED)), len(str(search.num_trials))
+    head = f"{ended:>{width}}/{search.num_trials}  trial {trial.number:>{width}}"
     if trial.state == TrialState.FAIL:
         return f"{head}  failed: {trial.user_attrs.get('error', 'without a message')}  {said(trial)}"
     if trial.state == TrialState.PRUNED:
