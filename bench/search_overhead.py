@@ -97,8 +97,8 @@ def table(folder: Path, wall: float, workers: int) -> str:
         "",
         f"{len(trials)} trials on {workers} workers: {own.sum():.1f} s of their own (each "
         f"{np.median(own):.2f} s, {own.min():.2f} to {own.max():.2f}), of it "
-        f"{100 * sum(loops) / own.sum():.0f} % in the training loop. Start and end: {wall - between:.1f} s of "
-        "wall time.",
+        f"{100 * sum(loops) / own.sum():.0f} % in the training loop. Start and end: {wall - between:.1f} s "
+        "of wall time.",
     ]
     return "\n".join(rows)
 
