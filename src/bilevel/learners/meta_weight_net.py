@@ -1,6 +1,7 @@
 """Meta-Weight-Net: a small network from an example's loss to its weight, learned while the model trains."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bilevel.inner import Gradient
@@ -12,9 +13,11 @@ from bilevel.problem import Learner, Meta
 def meta_weight_net(net: Net, rate: float = 0.1, *, hidden: int = 100) -> Learner:
     """A classifier whose examples weigh what a network makes of their losses, for the sake of clean ones.
 
-        w(ℓ) = σ(mlp(ℓ; θ)),   F(θ) = CE(φ − rate ∇φ (1/n) Σ w(ℓᵢ) ℓᵢ; clean)
+        w(ℓ) = σ(mlp(ℓ; θ)),   F(θ) = CE(φ − rate ∇φ Σ w(ℓᵢ) ℓᵢ / Σ w(ℓᵢ); clean)
 
-    Under label noise it learns to fall with the loss, under imbalance to rise.
+    Under label noise it learns to fall with the loss, under imbalance to rise. The weights of a batch are
+    scaled to sum to 1: only then is it their proportion that is learned. In the paper's (1/n) Σ w ℓ every
+    weight first grows for the sake of a larger step, and a sigmoid at 1 learns no more.
 
     Args:
         net: `x [n, ...] -> logits [n, classes]`.
@@ -42,11 +45,14 @@ def meta_weight_net(net: Net, rate: float = 0.1, *, hidden: int = 100) -> Learne
     weight_net = mlp([1, hidden, 1])
 
     def weigh(meta, losses, labels):
-        return example_weights(meta, losses) / losses.size
+        weights = example_weights(meta, losses)
+        return weights / jnp.sum(weights)
 
     def init_meta(key):
         model_key, weight_key = jax.random.split(key)
-        return {"model": net.init(model_key), "weights": weight_net.init(weight_key)}
+        weights = weight_net.init(weight_key)
+        head = jax.tree.map(jnp.zeros_like, weights["head"])  # all weights alike at first
+        return {"model": net.init(model_key), "weights": {**weights, "head": head}}
 
     return Learner(
         weighted_problem(net, weigh),
@@ -62,7 +68,7 @@ def example_weights(meta: Meta, losses: jax.Array) -> jax.Array:
 
     >>> import bilevel as bl
     >>> meta = meta_weight_net(bl.nets.mlp([4, 2]), hidden=3).init_meta(jax.random.key(0))
-    >>> example_weights(meta, jax.numpy.array([0.0, 1.0])).shape
+    >>> example_weights(meta, jnp.array([0.0, 1.0])).shape
     (2,)
     """
     hidden = meta["weights"]["hidden_0"]["b"].size

@@ -23,7 +23,7 @@ LARGEST_LOSS, _POINTS = 10.0, 101
 class MetaWeightNet:
     """Learn how much an example should count given its loss, while the classifier trains on wrong labels."""
 
-    num_meta_steps: int = 6000
+    num_meta_steps: int = 3000
     """Steps of the classifier and of the weight network."""
     seed: int = 0
     """Which examples, which labels are corrupted, and all other randomness."""

@@ -23,7 +23,7 @@ RARE, COMMON = 4, 9
 class Reweight:
     """Tell 4 from 9 where nearly all training examples are a 9: weights from a few balanced clean ones."""
 
-    num_meta_steps: int = 4000
+    num_meta_steps: int = 1000
     """Steps of the classifier."""
     seed: int = 0
     """Which examples, and all other randomness."""
@@ -38,8 +38,8 @@ class Reweight:
     """Balanced clean examples; only learned weights look at them."""
     batch_size: int = 100
     """Training examples of a step."""
-    hidden: tuple[int, ...] = (100,)
-    """Widths of hidden layers."""
+    filters: int = 16
+    """Width of conv4, which has layer norm; 0 for the perceptron 784-100-2."""
     learning_rate: float = 0.05
     """Of the classifier's SGD with momentum, at the start; it falls to 0 along a cosine."""
     data: Path | None = None
@@ -51,7 +51,7 @@ class Reweight:
     def build(self) -> Experiment:
         """Put the experiment together."""
         train, clean, test = self._data()
-        net = bl.nets.mlp([784, *self.hidden, 2])
+        net = self._net()
         if self.weighting == "learned":
             learner = learning_to_reweight(net)
         elif self.weighting == "proportion":
@@ -76,6 +76,12 @@ class Reweight:
             eval_tasks=2,
             chance={"accuracy": 0.5},
         )
+
+    def _net(self) -> bl.nets.Net:
+        if not self.filters:
+            return bl.nets.mlp([784, 100, 2])
+        net = bl.nets.conv4(2, self.filters, norm="layer")
+        return net._replace(apply=lambda params, x: net.apply(params, x.reshape(-1, 28, 28, 1)))
 
     def _data(self) -> tuple[tuple, tuple, tuple]:
         """(x, 0 for the rare class and 1 for the common one), to train on, clean, and of the test."""
