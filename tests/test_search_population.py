@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +17,9 @@ from population_recipe import NAME, Number
 from bilevel.recipes.config import to_fields
 from bilevel.recipes.evaluation import read_trained
 from bilevel.recipes.run import saved_recipe
-from bilevel.search import population_member
+from bilevel.search import population_commands, population_member
 from bilevel.search.population import train_population
+from bilevel.search.population_commands import run_population
 from bilevel.search.population_member import member_folder, read_member
 from bilevel.search.population_rules import Rules, decide, first_hyperparameters, perturb
 from bilevel.search.population_spec import (
@@ -42,8 +44,8 @@ SPACE = {
 
 def small(**fields):
     """Three members whose best rate is the largest: 0.25 brings the number to 3, 0.001 does not."""
-    usual = {"members": 3, "interval": 4, "objective": "outer_loss", "seed": 1}
-    usual |= {"space": {"rate": "log:1e-3..0.3"}, "fields": to_fields(Number(num_meta_steps=12))}
+    usual: dict[str, Any] = {"members": 3, "interval": 4, "seed": 1}
+    usual |= {"space": {"rate": "log:1e-3..0.3"}, "fields": to_fields(Number(num_meta_steps=12, seed=1))}
     return Population(NAME, **usual | fields)
 
 
@@ -295,11 +297,11 @@ def test_a_member_that_fails_is_replaced(tmp_path):
 
 
 def test_all_failing_is_an_end(tmp_path):
-    write_population(tmp_path, small(fields=to_fields(Number(num_meta_steps=12, broken=True)), members=2))
+    write_population(tmp_path, small(fields=to_fields(Number(num_meta_steps=12, broken="later")), members=2))
     train_population(tmp_path)
     assert not outcome(tmp_path).complete
-    assert outcome(tmp_path).error == "ValueError: it is broken"
-    assert "it is broken" in (member_folder(tmp_path, 0) / "train.log").read_text()
+    assert outcome(tmp_path).error == "ValueError: it breaks"
+    assert "it breaks" in (member_folder(tmp_path, 0) / "train.log").read_text()
 
 
 def test_judged_on_validation_tasks(tmp_path):
@@ -324,3 +326,81 @@ def test_member_file_survives_what_is_no_number(tmp_path):
     member = read_member(tmp_path)
     assert member is not None and member.error == "OSError: x"
     assert member.value is not None and math.isnan(member.value)
+
+
+# The command
+
+
+class Here:
+    """A launcher whose one worker is this process."""
+
+    def run(self, folder, workers):
+        train_population(folder)
+
+
+FLAGS = [
+    "--num-meta-steps",
+    "12",
+    "--population",
+    "3",
+    "--interval",
+    "4",
+    "--seed",
+    "1",
+    "--space.rate",
+    "log:1e-3..0.3",
+]
+
+
+def test_the_command_and_its_resumption(undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(population_commands, "LocalLauncher", Here)
+    folder = tmp_path / "population"
+    words = [NAME, "--method", "pbt", *FLAGS, "--folder", str(folder)]
+    assert run_population(words) == 0
+    said = capsys.readouterr().out
+    assert "3 members, 3 rounds of 4 outer steps" in said and "round 3/3, outer step 12" in said
+    best = outcome(folder).best
+    assert best is not None and f"bilevel eval {member_folder(folder, best)}" in said
+    assert (folder / LINEAGE).read_bytes() == (undisturbed / LINEAGE).read_bytes()
+    with pytest.raises(FileExistsError, match="go on with --resume"):
+        run_population(words)
+    with pytest.raises(ValueError, match="interval is 4 there and 6 here"):
+        run_population([NAME, "--folder", str(folder), "--resume", "--interval", "6"])
+    assert run_population([NAME, "--folder", str(folder), "--resume"]) == 0
+    assert "round" not in capsys.readouterr().out.replace("rounds", "")
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    class Interrupted:
+        def run(self, folder, workers):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(population_commands, "LocalLauncher", Interrupted)
+    assert run_population([NAME, *FLAGS, "--folder", str(tmp_path / "p")]) == 130
+    said = capsys.readouterr().out
+    assert f"go on with: bilevel search {NAME} --method pbt --folder {tmp_path / 'p'} --resume" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (["--space.rate", "log:1e-3..0.3", "--population", "1"], ValueError, "2 members"),
+        (["--space.rate", "log:1e-3..0.3", "--workers", "0"], ValueError, "--workers"),
+        (["--space.rate", "log:1e-3..0.3", "--address", "x:1"], ValueError, "--launcher ray"),
+        (["--space.rate", "log:1e-3..0.3", "--objective", "beauty"], ValueError, "--direction"),
+        (["--space.size", "int:1..2"], ValueError, "without --method pbt"),
+        (["--space.rate", "0.3..0.1"], ValueError, "empty"),
+        ([], ValueError, "nothing is searched"),
+        (["--resume"], FileNotFoundError, "holds no population"),
+    ],
+)
+def test_flags_that_make_no_sense_leave_nothing_behind(tmp_path, words, error, said):
+    with pytest.raises(error, match=said):
+        run_population([NAME, *words, "--folder", str(tmp_path / "p")])
+    assert not (tmp_path / "p").exists()
+
+
+def test_all_failing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(population_commands, "LocalLauncher", Here)
+    with pytest.raises(ValueError, match="all 3 members failed: ValueError: it breaks"):
+        run_population([NAME, *FLAGS, "--broken", "later", "--folder", str(tmp_path / "p")])

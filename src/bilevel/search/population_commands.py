@@ -87,11 +87,11 @@ def run_population(words: list[str]) -> int:
     name, rest = words[0], words[1:]
     specs, rest = split_space(rest)
     folder = Path(value_of(rest, "--folder") or Path("runs") / f"population-{name.rpartition(':')[2]}")
-    saved = read_population(folder) if "--resume" in rest and folder.is_dir() else None
+    saved = read_population(folder) if "--resume" in rest else None
     parsed = _parse(name, saved, folder, rest)
     command = shlex.join(["bilevel", "search", name, "--method", "pbt", *words[1:]])
     population = _make(name, parsed, specs, saved, command)
-    _check_folder(folder, population, saved, parsed.resume)
+    _check_folder(folder, population, saved)
     if saved is None:
         check_space(population)
     again = shlex.join(["bilevel", "search", name, "--method", "pbt", "--folder", str(folder), "--resume"])
@@ -194,7 +194,7 @@ def _absolute(name: str) -> str:
     return f"{Path(file).resolve()}:{attribute}" if colon else name
 
 
-def _check_folder(folder: Path, population: Population, saved: Population | None, resume: bool) -> None:
+def _check_folder(folder: Path, population: Population, saved: Population | None) -> None:
     """Refuse a folder that this population may not write to."""
     if saved is not None:
         there, here = (json.loads(json.dumps(dataclasses.asdict(p))) for p in (saved, population))
@@ -205,10 +205,6 @@ def _check_folder(folder: Path, population: Population, saved: Population | None
                 f"{folder} holds another population: {difference}; leave the flag out, or take another "
                 "--folder"
             )
-    elif resume:
-        raise FileNotFoundError(
-            f"{folder} holds no population: it has no {FILE}; leave --resume out to begin one"
-        )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "go on with --resume" if (folder / FILE).is_file() else "remove it"
         raise FileExistsError(f"{folder} is in use already; {what}, or take another --folder")

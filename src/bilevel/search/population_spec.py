@@ -125,7 +125,7 @@ def read_population(folder: Path) -> Population:
     path = Path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no population: it has no {FILE}; make one with `bilevel search --method pbt`"
+            f"{folder} holds no population: it has no {FILE}; leave --resume out to begin one"
         )
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import socket
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +149,9 @@ def _connected(ray: Any, launcher: RayLauncher, workers: int) -> Iterator[None]:
     if launcher.address is None:
         # As many places as workers, whatever this machine has: the user said how many.
         places = max(1, round(workers * launcher.num_cpus + 0.5))
-        ray.init(address="local", num_cpus=places, object_store_memory=_STORE, **quiet)
+        with warnings.catch_warnings():  # of JAX, that a fork is unsafe: Ray's are followed by an exec
+            warnings.simplefilter("ignore", RuntimeWarning)
+            ray.init(address="local", num_cpus=places, object_store_memory=_STORE, **quiet)
     else:
         _check_answers(launcher.address)
         package = str(Path(__file__).parent.parent)  # the version that made the search
