@@ -18,7 +18,7 @@ from bilevel.train.metrics import read_metrics
 
 CACHE = Path(__file__).parent.parent / ".jax_cache"
 RECIPE = str(Path(__file__).parent / "search_recipe.py") + ":Quadratic"
-WORDS = [RECIPE, "--space.rate", "log:1e-3..0.4", "--pause", "0.05"]
+WORDS = [RECIPE, "--space.rate", "log:1e-3..0.4", "--spin", "1000000"]
 # One process imports the libraries; those that are killed are forked from it before JAX has made a thread.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["bilevel.search.commands"])
@@ -79,8 +79,8 @@ def endings(folder):
 
 def test_a_search_killed_at_any_moment_ends_as_the_one_that_was_not(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert run_search([*WORDS, "--num-trials", "5", "--folder", str(whole)]) == 0
-    words = [*WORDS, "--num-trials", "5", "--folder", str(cut)]
+    assert run_search([*WORDS, "--num-trials", "4", "--folder", str(whole)]) == 0
+    words = [*WORDS, "--num-trials", "4", "--folder", str(cut)]
     moments = [
         lambda: (cut / "journal.log").exists(),  # while trials are put into the study
         lambda: (trial_folder(cut, 0) / "config.json").exists(),  # before the first checkpoint
@@ -101,8 +101,8 @@ def test_a_search_killed_at_any_moment_ends_as_the_one_that_was_not(tmp_path):
     assert {n: kept for n, kept in finished(cut).items() if n in before} == before
     outcome = [(t.number, t.params, t.values, t.state, t.intermediate_values) for t in trials_of(whole)]
     assert [(t.number, t.params, t.values, t.state, t.intermediate_values) for t in trials_of(cut)] == outcome
-    assert sorted(endings(cut).values()) == [1] * 5
-    for number in range(5):  # each run has every step once
+    assert sorted(endings(cut).values()) == [1] * 4
+    for number in range(4):  # each run has every step once
         rows = read_metrics(trial_folder(cut, number) / "metrics.jsonl")
         assert [row["step"] for row in rows] == [2, 4, 6, 8]
 
@@ -110,10 +110,10 @@ def test_a_search_killed_at_any_moment_ends_as_the_one_that_was_not(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
 def test_a_killed_worker_is_replaced_and_workers_end_with_their_driver(tmp_path):
     folder = tmp_path / "s"
-    words = [*WORDS, "--num-trials", "6", "--pruner", "asha", "--folder", str(folder)]
+    words = [*WORDS, "--num-trials", "5", "--pruner", "asha", "--folder", str(folder)]
     driver = search_in_a_process(*words, "--workers", "2")
     wait_for(lambda: len(children(driver.pid)) == 2, driver)
-    wait_for(lambda: any(step_of(folder, n) >= 2 for n in range(6)), driver)
+    wait_for(lambda: any(step_of(folder, n) >= 2 for n in range(5)), driver)
     running = [t for t in trials_of(folder) if t.state == TrialState.RUNNING and "pid" in t.user_attrs]
     number, victim = running[0].number, running[0].user_attrs["pid"]
     assert victim in children(driver.pid)
@@ -129,8 +129,8 @@ def test_a_killed_worker_is_replaced_and_workers_end_with_their_driver(tmp_path)
     assert {n: between[n] for n in done} == done
     assert run_search([*words, "--resume"]) == 0
     after = finished(folder)
-    assert {n: after[n] for n in between} == between and len(after) == 6
-    assert len(trials_of(folder)) == 6 and sorted(endings(folder).values()) == [1] * 6
+    assert {n: after[n] for n in between} == between and len(after) == 5
+    assert len(trials_of(folder)) == 5 and sorted(endings(folder).values()) == [1] * 5
     assert all(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials_of(folder))
 
 

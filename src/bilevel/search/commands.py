@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from optuna.exceptions import StorageInternalError
 
 from bilevel.recipes.config import find_recipe, first_difference, to_fields
 from bilevel.search.display import summary, watching
@@ -211,7 +212,8 @@ def _make(name: str, parsed: Any, specs: dict[str, str], saved: Search | None) -
     if not search.storage:
         search = dataclasses.replace(search, storage=str(parsed.folder.resolve() / JOURNAL))
     space = parse_space(recipe, search.space)
-    search = dataclasses.replace(search, space={field: search.space[field] for field in space})
+    order = space if saved is None or set(space) != set(saved.space) else saved.space
+    search = dataclasses.replace(search, space={field: search.space[field] for field in order})
     if sampler == "grid":
         size = len(grid_of(search))
         if (flags.num_trials or 0) > size:
@@ -321,6 +323,7 @@ def _run(search: Search, folder: Path, flags: Flags, again: str) -> int:
             watching(search, lambda text: print(text, file=out, flush=True)),
             _terminable(),
             contextlib.suppress(KeyboardInterrupt),  # what is unfinished is counted below
+            _storage_in_words(search, again),
         ):
             if left:
                 launcher.run(folder, flags.workers)
@@ -343,6 +346,16 @@ def _launcher(flags: Flags) -> Launcher:
     from bilevel.search.ray_workers import RayLauncher  # ray takes seconds to import
 
     return RayLauncher(flags.address)
+
+
+@contextmanager
+def _storage_in_words(search: Search, again: str) -> Iterator[None]:
+    """A storage that fails in the middle is nothing that a traceback explains."""
+    try:
+        yield
+    except StorageInternalError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConnectionError(f"{search.storage} fails: {reason}; when it works again: {again}") from error
 
 
 @contextmanager
