@@ -222,10 +222,12 @@ def _lineage(story: PopulationStory) -> str:
         parts.append(_text(_at(r, 0)[0], _TOP + members * _STEP_Y + 8, count(story.steps[r]), "middle"))
     width, height = _LEFT + (rounds - 1) * _STEP_X + 40, _TOP + members * _STEP_Y + 16
     label = f"Lineage of {members} members over {rounds} rounds"
-    keys = legend([(Line(_EMPTY, _EMPTY, width=2.6, marker="o"), "history of the best"),
-                   (Line(_EMPTY, _EMPTY, ink="s1", dash="dashed", width=1.4), "copied")])  # fmt: skip
+    entries = [(Line(_EMPTY, _EMPTY, width=2.6, marker="o"), "history of the best"),
+               (Line(_EMPTY, _EMPTY, ink="s1", dash="dashed", width=1.4), "copied")]  # fmt: skip
+    if any(stage.error for stages in story.stages for stage in stages):
+        entries.append((Line(_EMPTY, _EMPTY, ink="bad", dash="none", marker="o"), "failed"))
     return (
-        f'{keys}<div class="scroll" tabindex="0" role="region" aria-label="Lineage"><svg class="lineage" '
+        f'{legend(entries)}<div class="scroll" tabindex="0" role="region" aria-label="Lineage"><svg '
         f'width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(label)}">{"".join(parts)}</svg></div>'
     )

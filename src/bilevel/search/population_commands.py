@@ -156,10 +156,11 @@ def _make(
 
     objective = given("objective", "query_loss")
     direction = flags.direction or (base.get("direction") if flags.objective is None else None)
-    made = Population(
+    return Population(
         recipe=_absolute(name),
         fields=to_fields(recipe),
-        space=specs or base.get("space", {}),
+        # In the old order where it is the same: the lineage is written in it.
+        space=base["space"] if base and specs in ({}, base["space"]) else specs,
         members=given("members", 8),
         interval=given("interval", max(1, recipe.num_meta_steps // _ROUNDS)),
         objective=objective,
@@ -171,7 +172,6 @@ def _make(
         validation_tasks=given("validation_tasks", 200),
         command=base.get("command", command),
     )
-    return dataclasses.replace(made, space={field: made.space[field] for field in made.space})
 
 
 def _direction(objective: str) -> str:
