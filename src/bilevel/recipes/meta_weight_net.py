@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +90,10 @@ class MetaWeightNet:
     def _optimizer(self) -> optax.GradientTransformation:
         schedule = optax.cosine_decay_schedule(self.learning_rate, self.num_meta_steps)
         model = optax.chain(optax.add_decayed_weights(self.decay), optax.sgd(schedule, momentum=0.9))
-        parts = {"model": model, "weights": optax.adam(self.weight_learning_rate)}
+        parts: dict[Any, optax.GradientTransformation] = {
+            "model": model,
+            "weights": optax.adam(self.weight_learning_rate),
+        }
         return optax.multi_transform(parts, lambda meta: {name: name for name in meta})
 
     def _data(self) -> tuple[tuple, tuple, tuple]:
