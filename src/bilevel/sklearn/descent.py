@@ -1,7 +1,7 @@
-"""The outer loop: the mean validation loss of the folds, its hypergradient, and L-BFGS-B on the logarithms."""
+"""The outer loop: the mean validation loss of the folds, its hypergradient, L-BFGS-B on the logarithms."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,19 +18,23 @@ from bilevel.sklearn.models import Model
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _evaluate(model: Model, estimator: Estimator | None, theta: dict, task: Any) -> tuple:
-    """Hypergradient of one fold, and the task from where it got to."""
+    """Hypergradient of one fold, and where the next solution is to start from."""
     learner = model.learner(estimator)
     problem, solver, stats = learner.problem, learner.solver, {}
     key = jax.random.key(0, impl="unsafe_rbg")  # nothing is drawn from it; this kind compiles fastest
-    warm: Callable | None = getattr(model, "warm", None)
-    if warm is not None:
-        found = solver.solve(problem, theta, task, key)
-        task, stats = warm(task, found.params), found.stats
+    start = None
+    if model.warm:
+        start, stats = solver.solve(problem, theta, task, key)
+        task = _from(task, start)
         # The estimator is handed the solution: that it asks for no more `learner` has seen to.
         solver = ClosedForm(lambda meta, support, key: support.start)
     state = learner.estimator.init(problem, solver, theta, task, key)
     h, _ = learner.estimator.estimate(problem, solver, theta, task, state, key)
-    return h._replace(stats={**h.stats, **stats}), task
+    return h._replace(stats={**h.stats, **stats}), start
+
+
+def _from(task: Any, start: Any) -> Any:
+    return task._replace(support=task.support._replace(start=start))
 
 
 @dataclass
@@ -67,8 +71,8 @@ class CrossValidation:
         estimator: in place of the model's own; None for that.
         tasks: one a fold, of equal shapes.
 
-    Cost of a call: a fit and a hypergradient for each fold, one fold after another: side by side all of them would
-    iterate as long as the slowest. In float64, whatever JAX is set to.
+    Cost of a call: a fit and a hypergradient for each fold, one fold after another: side by side all of them
+    would iterate as long as the slowest. In float64, whatever JAX is set to.
     """
 
     model: Model
@@ -81,12 +85,14 @@ class CrossValidation:
         """Also appended to `history`."""
         with jax.enable_x64(True):
             theta = {name: jnp.asarray(value, jnp.float64) for name, value in theta.items()}
-            found, self.tasks = zip(
-                *(_evaluate(self.model, self.estimator, theta, task) for task in self.tasks)
-            )
+            found, starts = zip(*(_evaluate(self.model, self.estimator, theta, task) for task in self.tasks))
             losses = np.array([h.value for h in found])
             mean = {name: np.mean([h.grad[name] for h in found], 0) for name in theta}
-            doubts = self._doubts({name: float(np.mean([h.stats[name] for h in found])) for name in found[0].stats})
+            if self.model.warm and np.all(np.isfinite(losses)):
+                self.tasks = [_from(task, start) for task, start in zip(self.tasks, starts)]
+            doubts = self._doubts(
+                {name: float(np.mean([h.stats[name] for h in found])) for name in found[0].stats}
+            )
         params = {name: np.exp(np.asarray(value))[()] for name, value in theta.items()}
         evaluation = Evaluation(params, losses, mean, time.perf_counter() - self.began, doubts)
         self.history.append(evaluation)
@@ -95,6 +101,9 @@ class CrossValidation:
     def _doubts(self, figures: dict[str, float]) -> list[str]:
         ask = getattr(self.model.learner(self.estimator).estimator, "doubts", None)
         return [] if ask is None else ask(figures)
+
+
+_ABOUT = (0.25, 0.5, 0.75)  # of the way from the lower to the upper bounds
 
 
 class _Spent(Exception):
@@ -115,7 +124,8 @@ def descend(
         start: logarithms, every parameter of the model.
         bounds: of the logarithms; a parameter without bounds stays at its start.
         num_meta_steps: evaluations at most.
-        tolerance: it ends where moving any logarithm by 1 changes the loss by a smaller share of it.
+        tolerance: it ends where moving any logarithm by 1 changes the loss by a smaller share of it. If that
+            is so at the start already, three points within the bounds are tried first.
 
     Returns:
         Whether it ended by itself.
@@ -138,19 +148,28 @@ def descend(
         if not seen and not good:
             raise FloatingPointError(
                 f"the cross-validation loss or its gradient is not finite at the start, {found.params}: the "
-                "model cannot be fitted there; scale the features (StandardScaler before it in a Pipeline), or "
-                "start from a stronger penalty or a lower learning rate"
+                "model cannot be fitted there; scale the features (StandardScaler before it in a Pipeline), "
+                "or start from a stronger penalty or a lower learning rate"
             )
         seen.append(found.loss)
         scale = abs(seen[0]) or 1.0
         # A point that cannot be evaluated is a bad one: the line search goes back from it.
         return (found.loss / scale, gradient / scale) if good else (1e6, np.zeros_like(x))
 
-    x = _flat(start[name] for name in names)
     box = [bounds[name] for name, shape in zip(names, shapes) for _ in range(int(np.prod(shape)))]
+    low, high = np.transpose(box)
     options = {"maxfun": 10**9, "maxiter": num_meta_steps, "gtol": tolerance, "ftol": 1e-2 * tolerance}
-    try:
+
+    def go_down(x: np.ndarray) -> None:
         minimize(value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=box, options=options)
+
+    try:
+        go_down(_flat(start[name] for name in names))
+        if len(seen) == 1:  # an optimum, or so weak or strong a penalty that nothing changes: look about
+            points = [low + share * (high - low) for share in _ABOUT]
+            values = [value_and_gradient(point)[0] for point in points]
+            if min(values) < 1:
+                go_down(points[int(np.argmin(values))])
     except _Spent:
         return False
     return True
@@ -158,4 +177,3 @@ def descend(
 
 def _flat(parts: Any) -> np.ndarray:
     return np.concatenate([np.ravel(part) for part in parts]).astype(np.float64)
-

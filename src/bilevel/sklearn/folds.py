@@ -80,7 +80,7 @@ def make_folds(
     for number, (support, query) in enumerate(splits):
         a, b = _safe_indexing(X, support), _safe_indexing(X, query)
         if transform is not None:
-            fold_transform = clone(transform)
+            fold_transform: Any = clone(transform)
             a, b = fold_transform.fit_transform(a, y[support]), fold_transform.transform(b)
         weights = np.asarray(sample_weight[support], np.float64)
         _require_weight(number, weights, sample_weight[query])
@@ -106,7 +106,8 @@ def make_folds(
 def pad(folds: Sequence[Fold], features: bool) -> list[Fold]:
     """The same folds with parts of one length each; what is added has weight 0.
 
-    Lengths are rounded up to one of few, so that folds of folds and data sets of about one size are compiled once.
+    Lengths are rounded up to one of few, so that folds of folds and data sets of about one size are compiled
+    once.
 
     Args:
         features: round their number up too, with features that are zero throughout.
@@ -116,7 +117,8 @@ def pad(folds: Sequence[Fold], features: bool) -> list[Fold]:
     >>> shorter.support.x.shape, shorter.support.w.sum(), longer.query.w.sum()
     ((64, 16), 2.0, 1.0)
     """
-    rows = [_rounded(max(len(fold[i].w) for fold in folds), 64) for i in (0, 1)]
+    rows = _rounded(max(len(fold.support.w) for fold in folds), 64)
+    query_rows = _rounded(max(len(fold.query.w) for fold in folds), 64)
     width = folds[0].support.x.shape[1]
     wider = _rounded(width, 16) - width if features else 0
 
@@ -125,7 +127,7 @@ def pad(folds: Sequence[Fold], features: bool) -> list[Fold]:
         x = np.pad(part.x, [(0, more), (0, wider)])
         return Part(x, np.pad(part.y, [(0, more), (0, 0)]), np.pad(part.w, (0, more)))
 
-    return [Fold(longer(f.support, rows[0]), longer(f.query, rows[1]), f.size) for f in folds]
+    return [Fold(longer(f.support, rows), longer(f.query, query_rows), f.size) for f in folds]
 
 
 def _rounded(count: int, least: int) -> int:
@@ -150,7 +152,7 @@ def center(part: Part, fit_intercept: bool, scale: bool = False) -> tuple[np.nda
 
 
 def _floats(x: Any) -> np.ndarray:
-    return np.asarray(check_array(dense(x), dtype=np.float64))
+    return np.asarray(check_array(dense(x), dtype="float64"))
 
 
 def _of_classes(class_weight: Any, classes: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:

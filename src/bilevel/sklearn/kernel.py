@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import bilevel as bl
+from bilevel import hypergrad, inner
 from bilevel.problem import Estimator, Learner, Problem, Task
 from bilevel.sklearn.folds import Fold
 from bilevel.sklearn.losses import squared_error
@@ -31,13 +31,16 @@ class KernelRidgeModel:
 
     names: ClassVar[tuple[str, ...]] = ("alpha", "gamma")
     per_feature: ClassVar[str | None] = "gamma"
+    warm: ClassVar[bool] = False
 
     def learner(self, estimator: Estimator | None) -> Learner:
         """The bilevel problem; θ holds the logarithms. φ are the dual coefficients over W."""
 
         def system(meta, support):
             x, _, root = support
-            return root[:, None] * kernel(meta["gamma"], x, x) * root + jnp.exp(meta["alpha"]) * jnp.eye(len(x))
+            return root[:, None] * kernel(meta["gamma"], x, x) * root + jnp.exp(meta["alpha"]) * jnp.eye(
+                len(x)
+            )
 
         def solve(meta, support, key):
             return jax.scipy.linalg.solve(system(meta, support), support[1], assume_a="pos")
@@ -50,16 +53,14 @@ class KernelRidgeModel:
             return squared_error(kernel(meta["gamma"], x, x_support) @ (root[:, None] * params), y, w)
 
         problem = Problem(lambda meta, key: jnp.zeros(()), inner_loss, outer_loss)
-        return Learner(problem, bl.inner.ClosedForm(solve), estimator or bl.hypergrad.Unroll())
+        return Learner(problem, inner.ClosedForm(solve), estimator or hypergrad.Unroll())
 
     def task(self, fold: Fold, seed: int) -> Task:
         """A row of padding has root weight 0: its dual coefficient is 0."""
         (x, y, w), query, _ = fold
         root = np.sqrt(w)
         mean = (w @ x) / w.sum()  # distances do not change, their rounding errors do
-        return Task(
-            (x - mean, root[:, None] * y, root), (query.x - mean, query.y, query.w, x - mean, root)
-        )
+        return Task((x - mean, root[:, None] * y, root), (query.x - mean, query.y, query.w, x - mean, root))
 
 
 def kernel(log_gamma: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import bilevel as bl
+from bilevel import hypergrad, inner
 from bilevel.problem import Estimator, Learner, Problem, Task
 from bilevel.sklearn.folds import Fold, center
 from bilevel.sklearn.losses import log_loss, squared_error
@@ -31,17 +31,18 @@ class RidgeModel:
     fit_intercept: bool
     names: ClassVar[tuple[str, ...]] = ("alpha",)
     per_feature: ClassVar[str | None] = "alpha"
+    warm: ClassVar[bool] = False
 
     def learner(self, estimator: Estimator | None) -> Learner:
         """The bilevel problem; θ holds the logarithm of α."""
-        ridge = bl.inner.Ridge(lambda meta, x: x, lambda meta: jnp.exp(meta["alpha"]))
+        ridge = inner.Ridge(lambda meta, x: x, lambda meta: jnp.exp(meta["alpha"]))
 
         def outer_loss(params, meta, batch, key):
             x, y, w = batch
             return squared_error(x @ params, y, w)
 
         problem = Problem(lambda meta, key: jnp.zeros(()), ridge.loss, outer_loss)
-        return Learner(problem, ridge, estimator or bl.hypergrad.Unroll())
+        return Learner(problem, ridge, estimator or hypergrad.Unroll())
 
     def task(self, fold: Fold, seed: int) -> Task:
         """Centred, and weighted so that the mean over rows of `bl.inner.Ridge` is the sum of scikit-learn."""
@@ -78,7 +79,8 @@ class LogisticModel:
     The features are standardized, the penalty is not changed by it: raw features of any size converge. φ is
     stored divided by (¼ + penaltyⱼ)^-½, about the root of its curvature, for the same reason.
 
-    Cost: some ten Newton steps a fold at first, two or three from the solution before; then conjugate gradients.
+    Cost: some ten Newton steps a fold at first, two or three from the solution before; then conjugate
+    gradients.
 
     >>> LogisticModel(fit_intercept=True).names
     ('C',)
@@ -87,6 +89,7 @@ class LogisticModel:
     fit_intercept: bool
     names: ClassVar[tuple[str, ...]] = ("C",)
     per_feature: ClassVar[str | None] = "C"
+    warm: ClassVar[bool] = True
 
     def learner(self, estimator: Estimator | None) -> Learner:
         """The bilevel problem; θ holds the logarithm of C."""
@@ -108,7 +111,7 @@ class LogisticModel:
 
         problem = Problem(lambda meta, key: jnp.zeros(()), inner_loss, outer_loss)
         solver = Newton(lambda rows: rows.start)
-        return Learner(problem, solver, estimator or bl.hypergrad.Implicit(bl.hypergrad.cg(1000)))
+        return Learner(problem, solver, estimator or hypergrad.Implicit(hypergrad.cg(1000)))
 
     def task(self, fold: Fold, seed: int) -> Task:
         """Standardized by the support."""
@@ -122,7 +125,3 @@ class LogisticModel:
             Rows((x - mean) / scale, y, w / w.sum(), shrink, start),
             Rows((x_query - mean) / scale, y_query, w_query, shrink, ()),
         )
-
-    def warm(self, task: Task, params: Any) -> Task:
-        """The task from a solution for other meta-parameters."""
-        return task._replace(support=task.support._replace(start=params))

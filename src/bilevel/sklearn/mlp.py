@@ -1,7 +1,8 @@
-"""Multilayer perceptrons as inner problems: scikit-learn's start, minibatches and optimizer, differentiated."""
+"""Multilayer perceptrons as inner problems: scikit-learn's start, minibatches and optimizer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from sklearn.utils import check_random_state, gen_batches, shuffle
 
-import bilevel as bl
+from bilevel import hypergrad, inner
 from bilevel.inner.gradient import GradientState, unroll
 from bilevel.linalg import reverse_gradient
 from bilevel.problem import Estimator, Learner, Problem, Solution, Task
@@ -46,23 +47,23 @@ class Minibatches:
     """Steps of an optimizer, each on the rows that the task names for it, from the weights it names.
 
     Args:
-        inner: the optimizer and the number of steps.
+        steps: the optimizer and the number of steps.
 
     A step without rows changes nothing: folds of different size have different numbers of steps.
 
-    >>> Minibatches(bl.inner.Gradient(optax.sgd(0.1), 5)).num_steps
+    >>> Minibatches(inner.Gradient(optax.sgd(0.1), 5)).num_steps
     5
     """
 
-    inner: bl.inner.Gradient
+    steps: inner.Gradient
 
     @property
     def num_steps(self) -> int:
-        return self.inner.num_steps
+        return self.steps.num_steps
 
     def init(self, problem, meta, task, key) -> GradientState:
         """The start of the task, and the optimizer's first state."""
-        return self.inner.init(replace(problem, init=lambda meta, key: task.support.start), meta, task, key)
+        return self.steps.init(replace(problem, init=lambda meta, key: task.support.start), meta, task, key)
 
     def step(self, problem, meta, task, state, key, gradient: Callable = reverse_gradient):
         """One step on one minibatch."""
@@ -72,7 +73,7 @@ class Minibatches:
         some = jnp.any(there)
         # Where there is no row the step is computed all the same, and dropped: it must not be NaN.
         batch = Rows(x[rows], y[rows], jnp.where(there, w[rows], ~some), *rest)
-        after, loss = self.inner.step(problem, meta, task._replace(support=batch), state, key, gradient)
+        after, loss = self.steps.step(problem, meta, task._replace(support=batch), state, key, gradient)
         kept = jax.tree.map(lambda new, old: jnp.where(some, new, old), after, state)
         return kept._replace(step=state.step + 1), loss
 
@@ -87,8 +88,8 @@ class MlpModel:
 
         φ_{k+1} = optimizer(∇φ [ Σ_{i in batch k} wᵢ lossᵢ + α/2 |W|² ] / Σ_{i in batch k} wᵢ)
 
-    The start and the minibatches are those that scikit-learn draws from the same seed. All `max_iter` passes are
-    made: its rule for stopping early has no derivative. Meta-parameters: log α and the log learning rate.
+    The start and the minibatches are those that scikit-learn draws from the same seed. All `max_iter` passes
+    are made: its rule for stopping early has no derivative.
 
     Cost: about 4 trainings a fold; memory √K states of the network. Exact for the steps run.
 
@@ -107,6 +108,7 @@ class MlpModel:
     classifier: bool
     names: ClassVar[tuple[str, ...]] = ("alpha", "learning_rate_init")
     per_feature: ClassVar[str | None] = None
+    warm: ClassVar[bool] = False
 
     def learner(self, estimator: Estimator | None) -> Learner:
         """The bilevel problem."""
@@ -136,17 +138,17 @@ class MlpModel:
             return optax.sgd(rate, a or None, nesterov=bool(b))
 
         # Short trainings keep every state: what checkpoints save in memory they cost in compilation.
-        keep = bl.inner.Sqrt() if self.num_steps > 500 else None
+        keep = inner.Sqrt() if self.num_steps > 500 else None
         problem = Problem(lambda meta, key: (), inner_loss, outer_loss)
-        solver = Minibatches(bl.inner.Gradient(optimizer, self.num_steps))
-        return Learner(problem, solver, estimator or bl.hypergrad.Mixed(keep))
+        solver = Minibatches(inner.Gradient(optimizer, self.num_steps))
+        return Learner(problem, solver, estimator or hypergrad.Mixed(keep))
 
     def task(self, fold: Fold, seed: int) -> Task:
         """Draws what scikit-learn draws, in its order."""
         (x, y, w), query, count = fold
         rng = check_random_state(seed)
         sizes, start = [x.shape[1], *self.hidden, y.shape[1]], []
-        for ins, outs in zip(sizes[:-1], sizes[1:]):
+        for ins, outs in pairwise(sizes):
             bound = np.sqrt((2.0 if self.activation == "logistic" else 6.0) / (ins + outs))
             start.append((rng.uniform(-bound, bound, (ins, outs)), rng.uniform(-bound, bound, outs)))
         return Task(Rows(x, y, w, self._order(rng, count), tuple(start)), query)
@@ -155,7 +157,7 @@ class MlpModel:
         size = min(self.batch_size, count)
         rows, order = np.arange(count), []
         for _ in range(self.max_iter):
-            rows = shuffle(rows, random_state=rng) if self.shuffle else rows
+            rows = np.asarray(shuffle(rows, random_state=rng)) if self.shuffle else rows
             order += [rows[part] for part in gen_batches(count, size)]
         filled = np.full((self.num_steps, self.batch_size), -1, np.int32)
         for number, batch in enumerate(order):

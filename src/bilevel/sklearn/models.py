@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from sklearn.kernel_ridge import KernelRidge
@@ -20,18 +20,15 @@ from bilevel.sklearn.mlp import ACTIVATIONS, MlpModel
 class Model(Protocol):
     """A model of scikit-learn as an inner problem: a value, so that equal ones are compiled once.
 
-    One with a method `warm(task, params) -> task` is solved from the solution before.
+    Args:
+        names: the parameters that it can tune.
+        per_feature: the one that may have a value for each feature.
+        warm: whether its solver begins at `task.support.start`, and so goes on from the solution before.
     """
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters that it can tune."""
-        ...
-
-    @property
-    def per_feature(self) -> str | None:
-        """The one that may have a value for each feature."""
-        ...
+    names: ClassVar[tuple[str, ...]]
+    per_feature: ClassVar[str | None]
+    warm: ClassVar[bool]
 
     def learner(self, estimator: Estimator | None) -> Learner:
         """Problem, solver and estimator; `estimator` in place of the default."""
@@ -98,6 +95,12 @@ def parameters(estimator: Any) -> dict[str, Parameter]:
             raise ValueError(
                 f"HypergradientSearchCV cannot differentiate {type(estimator).__name__}({name}={value!r}): "
                 f"{instead}; use {name}={allowed[0]!r}, or black-box search such as GridSearchCV"
+            )
+    for name in found:
+        if np.ndim(getattr(estimator, name) or 0):
+            raise ValueError(
+                f"{type(estimator).__name__}.{name} must be one number, where the search begins, got "
+                f"{getattr(estimator, name)!r}; for one a feature use per_feature=True"
             )
     return found
 

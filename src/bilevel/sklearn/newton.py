@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class Newton:
             return cg(
                 lambda v: jax.jvp(jax.grad(loss), (params,), (v,))[1],
                 jax.tree.map(jnp.negative, grad),
-                tol=jnp.minimum(0.1, jnp.sqrt(optax.tree.norm(grad))),
+                tol=cast(Any, jnp.minimum(0.1, jnp.sqrt(optax.tree.norm(grad)))),
                 maxiter=self.max_products,
             )[0]
 
@@ -75,7 +75,9 @@ class Newton:
             # Near the solution the fall drowns in rounding: the full step is taken then.
             enough = value <= at.value + _SUFFICIENT * at.t * slope + rounding
             taken = first | enough | (at.t < 1e-10)
-            better = first | (value < at.value - rounding) | (optax.tree.norm(grad) < optax.tree.norm(at.grad))
+            better = (
+                first | (value < at.value - rounding) | (optax.tree.norm(grad) < optax.tree.norm(at.grad))
+            )
             ahead = jax.lax.cond(
                 taken & (_largest(grad) > self.tolerance), towards, lambda *_: at.direction, params, grad
             )

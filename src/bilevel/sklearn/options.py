@@ -34,7 +34,9 @@ def read_space(given: Any, known: Mapping[str, Parameter], prefix: str) -> Space
     names = [prefix + name for name in known]
     space = given if isinstance(given, Mapping) else dict.fromkeys(names if given is None else given)
     if isinstance(given, str) or not space or set(space) - set(names):
-        raise ValueError(f"param_space must name some of {names}, as a list or with (low, high), got {given!r}")
+        raise ValueError(
+            f"param_space must name some of {names}, as a list or with (low, high), got {given!r}"
+        )
     bounds = {}
     for name, pair in space.items():
         short = name.removeprefix(prefix)

@@ -1,6 +1,6 @@
 """One penalty or length scale a feature, with the models of scikit-learn."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone
@@ -21,8 +21,8 @@ class PerFeature(MetaEstimatorMixin, BaseEstimator):  # scikit-learn's protocol 
         penalty αⱼ on xⱼ  =  penalty ᾱ on √(ᾱ/αⱼ) xⱼ        γⱼ (xⱼ − x'ⱼ)² = γ̄ (√(γⱼ/γ̄) xⱼ − √(γⱼ/γ̄) x'ⱼ)²
 
     Args:
-        estimator: `Ridge`, `LogisticRegression` or `KernelRidge(kernel="rbf")`; its own alpha, C or gamma is not
-            read.
+        estimator: `Ridge`, `LogisticRegression` or `KernelRidge(kernel="rbf")`; its own alpha, C or gamma is
+            not read.
         values: αⱼ, Cⱼ or γⱼ, positive `[d]` or a scalar; ᾱ is their geometric mean.
 
     Attributes:
@@ -52,23 +52,26 @@ class PerFeature(MetaEstimatorMixin, BaseEstimator):  # scikit-learn's protocol 
                 f"PerFeature takes {', '.join(kind.__name__ for kind in _NAMES)}, got "
                 f"{type(self.estimator).__name__}"
             )
-        X = validate_data(self, X, accept_sparse=("csr", "csc"), dtype="numeric")
+        X = cast(Any, validate_data(self, X, accept_sparse=("csr", "csc"), dtype="numeric"))
         values = np.asarray(self.values, np.float64)
         if values.shape not in ((), (X.shape[1],)) or not np.all((values > 0) & np.isfinite(values)):
             raise ValueError(
-                f"PerFeature.values must be positive, one value or one for each of the {X.shape[1]} features, "
+                f"PerFeature.values must be positive, one or one for each of the {X.shape[1]} features, "
                 f"got shape {values.shape}"
             )
         level = float(np.exp(np.mean(np.log(values))))
         power = -0.5 if name == "alpha" else 0.5
         self.feature_scale_ = np.broadcast_to((values / level) ** power, X.shape[1]).copy()
-        self.estimator_ = clone(self.estimator).set_params(**{name: level})
+        copy: Any = clone(self.estimator)
+        self.estimator_ = copy.set_params(**{name: level})
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         self.estimator_.fit(self._scaled(X), y, **weights)
         return self
 
     def _scaled(self, X):
-        return X * self.feature_scale_ if not hasattr(X, "multiply") else X.multiply(self.feature_scale_).tocsr()
+        return (
+            X * self.feature_scale_ if not hasattr(X, "multiply") else X.multiply(self.feature_scale_).tocsr()
+        )
 
     def _ask(self, name: str, X, *args, **kwargs):
         check_is_fitted(self)

@@ -29,6 +29,12 @@ from bilevel.sklearn.options import Space, read_space, require_options
 from bilevel.sklearn.per_feature import PerFeature
 
 
+def _with(estimator: Any, params: dict[str, Any]) -> Any:
+    """A copy with these parameters."""
+    copy: Any = clone(estimator)
+    return copy.set_params(**params)
+
+
 def _fitted_has(name: str):
     """The method is there if the estimator has it, before and after `fit`."""
 
@@ -41,15 +47,15 @@ def _fitted_has(name: str):
 class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn's protocol is inheritance
     """Tune the continuous hyperparameters of a model by gradients of its cross-validation loss.
 
-        min over θ  F(θ) = (1/folds) Σ_f validation loss of fold f (φ_f*(θ)),   φ_f*(θ) = the fit on its training part
+        min over θ  F(θ) = (1/folds) Σ_f loss_f(φ_f*(θ), validation part),   φ_f*(θ) = fit(θ, training part)
 
-    θ are the logarithms; dF/dθ is exact, so that a dozen evaluations do what takes a grid hundreds, and a penalty for
-    each feature, where there is no grid, costs no more than one for all.
+    θ are logarithms and dF/dθ is exact: a dozen evaluations find what a grid brackets, and a penalty for each
+    feature, where no grid can go, costs little more than one for all.
 
     Args:
         estimator: `Ridge` (alpha), `LogisticRegression` (C; L2 penalty), `KernelRidge(kernel="rbf")` (alpha,
-            gamma), `MLPClassifier`, `MLPRegressor` (alpha, learning_rate_init), or a Pipeline that ends in one;
-            its own values are where the search begins.
+            gamma), `MLPClassifier`, `MLPRegressor` (alpha, learning_rate_init), or a Pipeline that ends in
+            one; its own values are where the search begins.
         param_space: which parameters are tuned and where: names, or {name: (low, high)}; all of them within
             wide bounds when left out. In a Pipeline `step__name`.
         cv: folds, a splitter or splits as for GridSearchCV; or a share in (0, 1) that is held out.
@@ -80,7 +86,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
     Warns:
         ConvergenceWarning: when a model is not fitted to its optimum, or the evaluations run out.
 
-    Cost: an evaluation is a fit of each fold, and a half to three times that for its derivative. Everything in
+    Cost: an evaluation is a fit of each fold, and a half to three times that for its derivative. All in
     float64; JAX's own setting is left as it is.
 
     Reference: Pedregosa, Hyperparameter optimization with approximate gradient, 2016.
@@ -132,14 +138,15 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
         require_options(self)
         transform, model, prefix = self._parts()
         space = read_space(self.param_space, parameters(model), prefix)
-        X, X_read, y, weights = self._validated(X, y, sample_weight, transform)
+        X_read, y_read, classes = self._validated(X, y, transform)
+        weights = _check_sample_weight(sample_weight, np.empty((len(y_read), 0)), ensure_non_negative=True)
         rng = check_random_state(self.random_state)
-        splits = self._splits(X_read, y, groups, rng)
+        splits = self._splits(X_read, y_read, groups, rng)
         folds = make_folds(
             transform,
             X_read,
-            y,
-            classes=getattr(self, "classes_", None),
+            y_read,
+            classes=classes,
             sample_weight=weights,
             class_weight=getattr(model, "class_weight", None),
             splits=splits,
@@ -159,8 +166,8 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
         name, model = self.estimator.steps[-1]
         return (self.estimator[:-1] if len(self.estimator.steps) > 1 else None), model, f"{name}__"
 
-    def _validated(self, X, y, sample_weight, transform):
-        """X as given, X to be split, y and the weights `[n]`."""
+    def _validated(self, X, y, transform) -> tuple[Any, Any, Any]:
+        """X to be split, y, and the classes of a classifier."""
         if transform is None:
             # Everything that scikit-learn asks of input; the model itself is fitted on X as given.
             X_read, y = validate_data(
@@ -173,26 +180,25 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
             validate_data(self, X, skip_check_array=True)
             check_consistent_length(X, y)
             X_read, y = X, np.asarray(y)
+        y, classes = np.asarray(y), None
         if is_classifier(self):
             y = column_or_1d(y, warn=True)
             check_classification_targets(y)
-            self.classes_ = np.unique(y)
-            if len(self.classes_) < 2:
+            self.classes_ = classes = np.unique(y)
+            if len(classes) < 2:
                 raise ValueError(
-                    "a classifier needs examples of at least 2 classes, got only one class: "
-                    f"{self.classes_[0]!r}"
+                    f"a classifier needs examples of at least 2 classes, got only one class: {classes[0]!r}"
                 )
         elif y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
-        weights = _check_sample_weight(sample_weight, np.empty((len(y), 0)), ensure_non_negative=True)
-        return X, X_read, y, weights
+        return X_read, y, classes
 
     def _splits(self, X, y, groups, rng):
         if isinstance(self.cv, float):
             kind = StratifiedShuffleSplit if is_classifier(self) else ShuffleSplit
             cv = kind(1, test_size=self.cv, random_state=rng.randint(2**31 - 1))
         else:
-            cv = check_cv(self.cv, y, classifier=is_classifier(self))
+            cv: Any = check_cv(self.cv, y, classifier=is_classifier(self))
         rows = np.arange(len(y))  # splits may come as masks
         splits = [(rows[a], rows[b]) for a, b in cv.split(X, y, groups)]
         self.n_splits_ = len(splits)
@@ -206,7 +212,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
                 "Ridge, LogisticRegression and KernelRidge have"
             )
         own = getattr(model, "random_state", None)
-        seed = own if isinstance(own, int | np.integer) else rng.randint(2**31 - 1)
+        seed = int(own) if isinstance(own, int | np.integer) else rng.randint(2**31 - 1)
         padded = pad(folds, features=not self.per_feature and twin.per_feature is not None)
         return CrossValidation(twin, self.hypergradient, [twin.task(fold, seed) for fold in padded])
 
@@ -267,15 +273,16 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
         if best.doubts:
             warnings.warn(
                 f"HypergradientSearchCV: at the best parameters {best.params} a model is not fitted to its "
-                "optimum, so that loss and hypergradient are inexact; scale the features (StandardScaler before it "
-                f"in a Pipeline), or set a stronger least penalty in param_space. {' '.join(best.doubts)}",
+                "optimum, so that loss and hypergradient are inexact; scale the features (StandardScaler "
+                f"before it in a Pipeline) or set a stronger least penalty in param_space. "
+                f"{' '.join(best.doubts)}",
                 ConvergenceWarning,
                 stacklevel=3,
             )
         if not self.converged_:
             warnings.warn(
-                f"HypergradientSearchCV: not converged in num_meta_steps={self.num_meta_steps} evaluations; raise "
-                f"num_meta_steps, or tol={self.tol:g}",
+                f"HypergradientSearchCV: not converged in num_meta_steps={self.num_meta_steps} evaluations; "
+                f"raise num_meta_steps, or tol={self.tol:g}",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -286,10 +293,10 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
             wide = {name.removeprefix(prefix): value for name, value in self.best_params_.items()}
             (values,) = (value for value in wide.values() if np.ndim(value))
             rest = {name: value for name, value in wide.items() if not np.ndim(value)}
-            each = PerFeature(clone(model).set_params(**rest), values)
-            best = clone(self.estimator).set_params(**{prefix[:-2]: each}) if prefix else each
+            each = PerFeature(_with(model, rest), values)
+            best: Any = _with(self.estimator, {prefix[:-2]: each}) if prefix else each
         else:
-            best = clone(self.estimator).set_params(**self.best_params_)
+            best = _with(self.estimator, self.best_params_)
         weights = {} if sample_weight is None else {f"{prefix}sample_weight": sample_weight}
         began = time.perf_counter()
         self.best_estimator_ = best.fit(X, y, **weights)
@@ -331,11 +338,14 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         if self.scoring is None:
             return self._best().score(X, y, **weights)
-        return check_scoring(self._best(), scoring=self.scoring)(self._best(), X, y, **weights)
+        scorer: Any = check_scoring(self._best(), scoring=self.scoring)
+        return scorer(self._best(), X, y, **weights)
 
     def __sklearn_tags__(self):
         tags, inner = super().__sklearn_tags__(), get_tags(self.estimator)
         tags.estimator_type, tags.target_tags = inner.estimator_type, inner.target_tags
         tags.classifier_tags, tags.regressor_tags = inner.classifier_tags, inner.regressor_tags
+        if tags.classifier_tags is not None:
+            tags.classifier_tags.multi_label = tags.target_tags.multi_output = False
         tags.input_tags = inner.input_tags
         return tags
