@@ -17,12 +17,16 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def try_lock(path: Path) -> IO[bytes] | None:
-    """The open file, locked until it is closed or the process ends; None when another has it."""
+    """The open file, locked until it is closed or the process ends; None when another has it.
+
+    Raises:
+        OSError: when the file system has no locks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         return None
     return file

@@ -79,7 +79,7 @@ def _outcome(
     resume = (run / "config.json").is_file()
     if not resume and run.exists():  # killed before it had begun
         shutil.rmtree(run)
-    watch = Reporter(book, search, trial, run)
+    watch = Reporter(book, search, trial, run, recipe.num_meta_steps)
     if resume and watch.was_stopped():
         return TrialState.PRUNED, None
 
@@ -118,15 +118,14 @@ class Reporter:
     again, so it is stopped where an undisturbed one is.
     """
 
-    def __init__(self, book: Book, search: Search, trial: optuna.Trial, run: Path):
+    def __init__(self, book: Book, search: Search, trial: optuna.Trial, run: Path, total: int):
         self.pruned = False
         self._name, self._average = search.objectives[0], search.average
         # Optuna knows no intermediate values of several objectives.
         self._active = len(search.objectives) == 1 and self._name != SECONDS
         self._trial, self._run = trial, run
         self._known = sorted(book.storage.get_trial(book.id_of(trial.number)).intermediate_values)
-        self._apart = max(1, search.steps() // _REPORTS)
-        self._total = search.steps()
+        self._apart, self._total = max(1, total // _REPORTS), total
         self._figures: list[float] | None = None
 
     def was_stopped(self) -> bool:
