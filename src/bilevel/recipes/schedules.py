@@ -55,7 +55,7 @@ def scheduled_sgd(meta: Meta, num_steps: int) -> optax.GradientTransformation:
 class Schedules:
     """Learn the learning rate and the momentum at every step of the training of an MLP on MNIST."""
 
-    num_meta_steps: int = 40
+    num_meta_steps: int = 30
     """Outer steps; of pes and nres, which see a window of the inner loop a step, take many more."""
     seed: int = 0
     """All randomness of the run but the split follows from it."""
@@ -76,8 +76,8 @@ class Schedules:
     settings: Settings = field(default_factory=lambda: Settings(checkpoint=45, truncation=100))
     outer_batch: int = 0
     """Validation pictures that the outer loss draws, 0 for all; pes and nres ask at every inner step."""
-    learning_rate: float = 0.1
-    """Of the outer Adam."""
+    learning_rate: float = 0.25
+    """Of the outer Adam, at the start; it falls to a tenth along a cosine."""
     digits: Digits = field(default_factory=lambda: Digits(num_support=10_000))
     loop: bl.Options = field(default_factory=lambda: bl.Options(chunk_size=2, checkpoint_every=10))
 
@@ -119,8 +119,7 @@ class Schedules:
         estimator = self.settings.estimator(self.estimator)
         return self.digits.experiment(
             Learner(problem, solver, estimator, init_meta, predict),
-            # A hypergradient through thousands of steps has now and then a length of its own.
-            optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.learning_rate)),
+            _outer(self.learning_rate, self.num_meta_steps),
             eval_steps=self.num_steps,
             meta_figures=self._figures,
             meta_lines=self._lines,
@@ -143,3 +142,13 @@ class Schedules:
             "learning rate": jnp.exp(interpolated(meta["log_rate"], steps, self.num_steps)),
             "momentum": jax.nn.sigmoid(interpolated(meta["logit_momentum"], steps, self.num_steps)),
         }
+
+
+def _outer(learning_rate: float, num_meta_steps: int) -> optax.GradientTransformation:
+    """Adam that stops where it should: beyond the largest stable rate the inner loop is chaotic.
+
+    There a hypergradient is as long as it likes and points nowhere: it is clipped, and little momentum
+    carries θ on. The rates start too small, so that the edge is reached late, with small steps.
+    """
+    rate = optax.cosine_decay_schedule(learning_rate, num_meta_steps, alpha=0.1)
+    return optax.chain(optax.clip_by_global_norm(0.1), optax.adam(rate, b1=0.5))
