@@ -52,6 +52,7 @@ def test_hypergradient_is_the_slope_of_the_value(x64):
     assert abs(float(h.grad["logits"].sum())) < 1e-12  # weights add up to 1, whatever is added to all logits
 
 
+@pytest.mark.filterwarnings("ignore::bilevel.hypergrad.doubts.HypergradientWarning")
 @pytest.mark.parametrize(
     ("estimator", "steps"),
     [

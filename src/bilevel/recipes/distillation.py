@@ -22,7 +22,7 @@ from bilevel.tasks.mnist import mnist
 _MEAN, _STD = 0.1307, 0.3081  # of MNIST's pixels
 _SIDE, _CLASSES = 28, 10
 NUM_TRAIN = 50_000  # the other 10 000 training images are for --validation.every
-_SCRATCH_STEPS = 100
+_SCRATCH_STEPS = 30
 _FIRST_HEAD = 0.1  # of the usual spread of the last layer
 
 
@@ -138,7 +138,7 @@ class Distillation:
     """All randomness of the run follows from it."""
     net: Literal["linear", "mlp", "conv4"] = "mlp"
     """What is trained on the images."""
-    width: int = 64
+    width: int = 128
     """Hidden units of the mlp, or filters of conv4."""
     init: Literal["fixed", "random"] = "fixed"
     """Whether the network starts at the same parameters each time, which the images come to need, or not."""
@@ -146,13 +146,13 @@ class Distillation:
     """Synthetic images of each class."""
     num_steps: int = 10
     """Inner steps, K, all of them on all synthetic images."""
-    rate: float = 0.05
+    rate: float = 0.1
     """Where the learned inner rates start."""
     soft_labels: bool = False
     """Learn a distribution over the classes for each image too."""
-    start: Literal["real", "noise"] = "real"
+    start: Literal["real", "noise"] = "noise"
     """Where the images begin: at random real ones, or at noise of their mean and spread."""
-    batch_size: int = 512
+    batch_size: int = 256
     """Real images of an outer loss."""
     num_tasks: int = 1
     """Starts of the network in an outer step; several where they are random."""
@@ -176,7 +176,7 @@ class Distillation:
         train, validation, test = self._samplers()
         fixed = self.init == "fixed"
         init = partial(_first_params, net, jax.random.key(self.seed)) if fixed else net.init
-        scratch = bl.learners.from_scratch(net, bl.learners.cross_entropy, optax.adam(1e-3), _SCRATCH_STEPS)
+        scratch = bl.learners.from_scratch(net, bl.learners.cross_entropy, optax.adam(3e-3), _SCRATCH_STEPS)
         scratch = replace(scratch, problem=replace(scratch.problem, init=lambda meta, key: init(key)))
         count = _CLASSES * self.per_class
         trainings = self.eval_tasks or (2 if fixed else 20)

@@ -87,8 +87,9 @@ def mixture_weights(
         return losses(params, batch, query_size, key).mean()
 
     def metrics(params, meta, batch, key):
-        figures = {"loss": outer_loss(params, meta, batch, key)}
-        if batch.shape[0] == 1:  # once, beside the query
+        target = batch.shape[0] == 1
+        figures = {"loss": losses(params, batch, query_size if target else batch_size, key).mean()}
+        if target:  # once is enough
             weights = weights_of(meta, count)
             figures |= {f"weight_{name}": weights[i] for i, name in enumerate(names)}
         return figures
@@ -117,7 +118,7 @@ def weights_of(meta: Meta, count: int) -> jax.Array:
 class MixtureWeights:
     """Learn how much of each source of text a small language model is to be trained on, for a target."""
 
-    num_meta_steps: int = 60
+    num_meta_steps: int = 40
     """Outer steps; with --estimator online an outer step is one inner step, so take hundreds."""
     seed: int = 0
     """All randomness of the run follows from it."""
@@ -142,15 +143,15 @@ class MixtureWeights:
     """Tokens of a window."""
     learning_rate: float = 0.2
     """Of the outer Adam."""
-    eval_steps: int = 500
+    eval_steps: int = 300
     """Inner steps of the full training that an evaluation runs with the learned weights."""
-    eval_tasks: int = 4
+    eval_tasks: int = 2
     """Trainings of an evaluation, each from its own random start."""
     sources: Path | None = None
     """A folder with a file or folder of text for each source; six small languages when left out."""
     target: Path | None = None
     """A file or folder of text that the model is for; goes with --sources."""
-    loop: bl.Options = field(default_factory=lambda: bl.Options(chunk_size=10, checkpoint_every=20))
+    loop: bl.Options = field(default_factory=lambda: bl.Options(chunk_size=5, checkpoint_every=10))
 
     def __post_init__(self):
         if (self.sources is None) != (self.target is None):
