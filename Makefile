@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-learners bench-memory bench-toys bench-cleaning bench-plan omniglot lock clean
+.PHONY: help venv demo test check bench bench-learners bench-memory bench-toys bench-cleaning bench-plan bench-search bench-hpo bench-both bench-stochastic bench-sklearn omniglot lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -41,6 +41,21 @@ bench-cleaning: .venv/.installed ## hyper-data-cleaning on MNIST (BILEVEL_DATA) 
 
 bench-plan: .venv/.installed ## the memory planner's predictions against what is measured
 	$(BIN)/python bench/plan_grid.py
+
+bench-search: .venv/.installed ## what a search costs beside its trials
+	$(BIN)/python bench/search_overhead.py
+
+bench-hpo: .venv/.installed ## hyperparameters by hypergradients against black-box search, with pictures in docs/
+	$(BIN)/python bench/hpo.py
+
+bench-both: .venv/.installed ## black-box search of everything against hypergradients inside the trials
+	$(BIN)/python bench/both_at_once.py
+
+bench-stochastic: .venv/.installed ## the stochastic bilevel methods, and a plain numba reference
+	$(BIN)/python bench/stochastic.py
+
+bench-sklearn: .venv/.installed ## the scikit-learn door against grid and random search
+	$(BIN)/python bench/sklearn_search.py
 
 bench-learners: .venv/.installed ## every few-shot learner on glyphs: time of an outer step, accuracy after a minute
 	$(BIN)/python bench/learners.py

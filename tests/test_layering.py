@@ -47,16 +47,16 @@ HEAVY = {
     "datasets": ("tasks.hugging_face",),
     "grain": ("tasks.prefetch",),
     "matplotlib": ("report", "report.*"),
-    "optimistix": ("inner.converged",),
+    "optimistix": ("inner.converged", "recipes.logistic_l2"),
     "optuna": ("search.*", "report.search*"),
     "orbax": ("train.checkpoint",),
     "PIL": ("report", "report.*", "tasks.omniglot*", "tasks.pictures"),
     "ray": ("search.ray_workers",),
     "rich": ("train.display", "search.*"),
-    "scipy": ("train.compare",),
+    "scipy": ("sklearn.descent", "train.compare"),
     "sklearn": ("sklearn", "sklearn.*", "tasks.newsgroups", "tasks.tabular"),
     "tensorboardX": ("train.metrics",),
-    "tyro": ("cli", "search.commands"),
+    "tyro": ("cli", "search.*"),
 }
 EVERYWHERE = {"bilevel", "jax", "numpy", "optax"} | sys.stdlib_module_names
 

@@ -17,7 +17,7 @@ from population_recipe import NAME, Number
 from bilevel.recipes.config import to_fields
 from bilevel.recipes.evaluation import read_trained
 from bilevel.recipes.run import saved_recipe
-from bilevel.search import population_commands, population_member
+from bilevel.search import population_commands, population_member, worker
 from bilevel.search.population import train_population
 from bilevel.search.population_commands import run_population
 from bilevel.search.population_member import member_folder, read_member
@@ -404,3 +404,9 @@ def test_all_failing_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(population_commands, "LocalLauncher", Here)
     with pytest.raises(ValueError, match="all 3 members failed: ValueError: it breaks"):
         run_population([NAME, *FLAGS, "--broken", "later", "--folder", str(tmp_path / "p")])
+
+
+def test_workers_of_a_search_train_populations(undisturbed, tmp_path):
+    write_population(tmp_path, small())
+    worker.work(tmp_path, 0)
+    assert_same(tmp_path, undisturbed)

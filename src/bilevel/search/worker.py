@@ -20,6 +20,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bilevel.search.locks import locked, try_lock
+from bilevel.search.population import train_population
+from bilevel.search.population_spec import is_population
 from bilevel.search.spec import Search, read_search
 from bilevel.search.study import Book, open_book
 from bilevel.search.trial import run_trial
@@ -60,6 +62,10 @@ def work(folder: Path, index: int) -> None:
         FileNotFoundError, ValueError: when there is no search in the folder, or no study in its storage.
     """
     folder = Path(folder).resolve()
+    if is_population(folder):
+        with _output_to(log_path(folder, index)), _signalled() as asked:
+            train_population(folder, asked)
+        return
     search = read_search(folder)
     space, count = search.build_space(), 0
     with _output_to(log_path(folder, index)), _signalled() as asked:
