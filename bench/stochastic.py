@@ -6,8 +6,7 @@
 
 Data cleaning needs BILEVEL_DATA, the folder of mnist.npz. Every method takes its steps from the same small
 grid; the pair that ends lowest is run with several seeds. Time is that of the compiled calls alone: neither
-compilation nor the evaluation of h is in it. Protocol after Dagréou et al., 2022; docs/stochastic.md says what
-differs.
+compilation nor the evaluation of h is in it. Protocol after Dagréou et al., 2022; see docs/stochastic.md.
 """
 
 import argparse
@@ -59,7 +58,8 @@ def judge(work: Work, metas: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         rows.append((float(h), float(jnp.sum(slope**2))))
         if np.isfinite(rows[-1][0]):
             params = found
-    return tuple(np.array(column) for column in zip(*rows, strict=True))
+    values, slopes = zip(*rows, strict=True)
+    return np.array(values), np.array(slopes)
 
 
 def search(work: Work, method: Method, seeds: int, seconds: float) -> Result | None:

@@ -67,33 +67,35 @@ def penalized_loss(params, meta, batch, key):
     return logistic_loss(params, meta, batch, key) + 0.5 * jnp.sum(jnp.exp(meta) * params**2)
 
 
-def logistic_value(support, query) -> Callable:
-    """Newton's method to the end, and a direct solve."""
+@jax.jit
+def _solved_logistic(meta, params, support, query):
+    """Newton's method to the end, and a direct solve: h, dh/dθ, φ*."""
 
-    def gradient(params, meta):
+    def gradient(params):
         return jax.grad(penalized_loss)(params, meta, support, None)
 
-    def hessian(params, meta):
+    def hessian(params):
         x, y = support
         s = jax.nn.sigmoid(y * (x @ params))
         return (x * (s * (1 - s))[:, None]).T @ x / len(x) + jnp.diag(jnp.exp(meta))
 
-    @jax.jit
-    def value(meta, params):
-        def body(carry):
-            params, g, i = carry
-            params = params - jnp.linalg.solve(hessian(params, meta), g)
-            return params, gradient(params, meta), i + 1
+    def body(carry):
+        params, g, i = carry
+        params = params - jnp.linalg.solve(hessian(params), g)
+        return params, gradient(params), i + 1
 
-        def unfinished(carry):
-            return (jnp.linalg.norm(carry[1]) > 1e-13) & (carry[2] < 30)
+    def unfinished(carry):
+        return (jnp.linalg.norm(carry[1]) > 1e-13) & (carry[2] < 30)
 
-        params, _, _ = jax.lax.while_loop(unfinished, body, (params, gradient(params, meta), 0))
-        h, slope = jax.value_and_grad(logistic_loss)(params, meta, query, None)
-        q = jnp.linalg.solve(hessian(params, meta), slope)
-        return h, -jnp.exp(meta) * params * q, params
+    params, _, _ = jax.lax.while_loop(unfinished, body, (params, gradient(params), 0))
+    h, slope = jax.value_and_grad(logistic_loss)(params, meta, query, None)
+    q = jnp.linalg.solve(hessian(params), slope)
+    return h, -jnp.exp(meta) * params * q, params
 
-    return value
+
+def logistic_value(support, query) -> Callable:
+    """`Work.value` of these data, which the compiled call takes as arguments."""
+    return lambda meta, params: _solved_logistic(meta, params, support, query)
 
 
 def logistic(title, support, query, batch_size, rates, outer_rates, seconds) -> Work:
@@ -189,37 +191,43 @@ def clean_loss(params, meta, batch, key):
     return jnp.mean(cross_entropy(params, *batch))
 
 
+_inner_of_all = jax.jit(jax.value_and_grad(weighted_loss))
+
+
+@jax.jit
+def _finish_cleaning(params, meta, support, query):
+    """h and dh/dθ at φ*, by conjugate gradients."""
+    h, slope = jax.value_and_grad(clean_loss)(params, meta, query, None)
+
+    def gradient(params, meta):
+        return jax.grad(weighted_loss)(params, meta, support, None)
+
+    def product(v):
+        return jax.jvp(lambda params: gradient(params, meta), (params,), (v,))[1]
+
+    q, _ = jax.scipy.sparse.linalg.cg(product, slope, tol=1e-8)
+    return h, -jax.vjp(lambda meta: gradient(params, meta), meta)[1](q)[0]
+
+
 def cleaning_value(support, query) -> Callable:
     """L-BFGS to the end in float64, and conjugate gradients."""
     wide = lambda batch: tuple(  # noqa: E731
         leaf.astype(float) if leaf.dtype == jnp.float32 else leaf for leaf in batch
     )
     support, query = wide(support), wide(query)
-    inner = jax.jit(jax.value_and_grad(lambda params, meta: weighted_loss(params, meta, support, None)))
-
-    @jax.jit
-    def finish(params, meta):
-        h, slope = jax.value_and_grad(clean_loss)(params, meta, query, None)
-        gradient = lambda params, meta: jax.grad(weighted_loss)(params, meta, support, None)  # noqa: E731
-
-        def product(v):
-            return jax.jvp(lambda params: gradient(params, meta), (params,), (v,))[1]
-
-        q, _ = jax.scipy.sparse.linalg.cg(product, slope, tol=1e-8)
-        return h, -jax.vjp(lambda meta: gradient(params, meta), meta)[1](q)[0]
 
     def value(meta, params):
         meta = jnp.asarray(meta, float)
         shape = params.shape
 
         def flat(w):
-            loss, grad = inner(jnp.asarray(w.reshape(shape)), meta)
+            loss, grad = _inner_of_all(jnp.asarray(w.reshape(shape)), meta, support, None)
             return float(loss), np.ravel(grad)
 
         options = {"maxiter": 500, "gtol": 1e-9, "ftol": 0.0}
         solved = scipy.optimize.minimize(flat, np.ravel(params), jac=True, method="L-BFGS-B", options=options)
         params = jnp.asarray(solved.x.reshape(shape))
-        return *finish(params, meta), params
+        return *_finish_cleaning(params, meta, support, query), params
 
     return value
 
