@@ -23,6 +23,8 @@ from bilevel.sklearn import dense as dense_module
 
 X, Y = (a[:90] for a in load_diabetes(return_X_y=True))
 X = 20 * X[:, :5]
+CANCER_X, CANCER_Y = (a[::4] for a in load_breast_cancer(return_X_y=True))
+CANCER_X = StandardScaler().fit_transform(CANCER_X)
 IRIS_X, IRIS_Y = (a[::3] for a in load_iris(return_X_y=True))
 
 
@@ -45,7 +47,7 @@ def test_checks_of_scikit_learn(estimator, check):
     "estimator, x, y, scoring, name",
     [
         (Ridge(), X, Y, "neg_mean_squared_error", "alpha"),
-        (LogisticRegression(tol=1e-8, solver="newton-cholesky"), IRIS_X[:, :2], IRIS_Y, "neg_log_loss", "C"),
+        (LogisticRegression(tol=1e-8, solver="newton-cholesky"), CANCER_X, CANCER_Y, "neg_log_loss", "C"),
     ],
     ids=["ridge", "logistic"],
 )

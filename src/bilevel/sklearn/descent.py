@@ -135,45 +135,59 @@ def descend(
     """
     names = sorted(bounds)
     shapes = [np.shape(start[name]) for name in names]
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-    seen: list[float] = []
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    low, high = (np.repeat([bounds[name][i] for name in names], sizes) for i in (0, 1))
+    left = num_meta_steps
 
-    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-        if len(seen) >= num_meta_steps:
+    def evaluate(x: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal left
+        if not left:
             raise _Spent
-        parts = [part.reshape(shape) for part, shape in zip(np.split(x, ends), shapes)]
+        left -= 1
+        parts = [part.reshape(shape) for part, shape in zip(np.split(x, np.cumsum(sizes)[:-1]), shapes)]
         found = objective({**start, **dict(zip(names, parts))})
-        gradient = _flat(found.gradient[name] for name in names)
-        good = bool(np.isfinite(found.loss) and np.all(np.isfinite(gradient)))
-        if not seen and not good:
-            raise FloatingPointError(
-                f"the cross-validation loss or its gradient is not finite at the start, {found.params}: the "
-                "model cannot be fitted there; scale the features (StandardScaler before it in a Pipeline), "
-                "or start from a stronger penalty or a lower learning rate"
-            )
-        seen.append(found.loss)
-        scale = abs(seen[0]) or 1.0
-        # A point that cannot be evaluated is a bad one: the line search goes back from it.
-        return (found.loss / scale, gradient / scale) if good else (1e6, np.zeros_like(x))
+        gradient = np.concatenate([np.ravel(found.gradient[name]) for name in names])
+        return (found.loss if np.all(np.isfinite(gradient)) else np.nan), gradient
 
-    box = [bounds[name] for name, shape in zip(names, shapes) for _ in range(int(np.prod(shape)))]
-    low, high = np.transpose(box)
-    options = {"maxfun": 10**9, "maxiter": num_meta_steps, "gtol": tolerance, "ftol": 1e-2 * tolerance}
+    def go_down(x: np.ndarray, first: tuple[float, np.ndarray]) -> bool:
+        """Whether there was anywhere to go."""
+        loss, gradient = first
+        steepest = np.max(np.abs(np.clip(x - gradient, low, high) - x))
+        if steepest <= tolerance * abs(loss):
+            return False
+        known = {x.tobytes(): first}
 
-    def go_down(x: np.ndarray) -> None:
-        minimize(value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=box, options=options)
+        def scaled(at: np.ndarray) -> tuple[float, np.ndarray]:
+            value, slope = known.pop(at.tobytes(), None) or evaluate(at)
+            if not np.isfinite(value):  # a bad point: the line search goes back from it
+                return 10 * abs(loss / steepest) + 1, np.zeros_like(at)
+            return value / steepest, slope / steepest  # so that the first step is about an e-fold
+
+        options = {"gtol": tolerance * abs(loss) / steepest, "ftol": 1e-2 * tolerance, "maxfun": 10**9}
+        minimize(scaled, x, jac=True, method="L-BFGS-B", bounds=np.stack([low, high], 1), options=options)
+        return True
 
     try:
-        go_down(_flat(start[name] for name in names))
-        if len(seen) == 1:  # an optimum, or so weak or strong a penalty that nothing changes: look about
+        x = np.concatenate([np.ravel(start[name]) for name in names]).astype(np.float64)
+        first = evaluate(x)
+        _require_finite(first[0], objective.history[-1].params)
+        if not go_down(
+            x, first
+        ):  # an optimum, or so weak or strong a penalty that nothing changes: look about
             points = [low + share * (high - low) for share in _ABOUT]
-            values = [value_and_gradient(point)[0] for point in points]
-            if min(values) < 1:
-                go_down(points[int(np.argmin(values))])
+            found = [evaluate(point) for point in points]
+            best = int(np.argmin([value if np.isfinite(value) else np.inf for value, _ in found]))
+            if found[best][0] < first[0]:
+                go_down(points[best], found[best])
     except _Spent:
         return False
     return True
 
 
-def _flat(parts: Any) -> np.ndarray:
-    return np.concatenate([np.ravel(part) for part in parts]).astype(np.float64)
+def _require_finite(loss: float, params: dict) -> None:
+    if not np.isfinite(loss):
+        raise FloatingPointError(
+            f"the cross-validation loss or its gradient is not finite at the start, {params}: the model cannot "
+            "be fitted there; scale the features (StandardScaler before it in a Pipeline), or start from a "
+            "stronger penalty or a lower learning rate"
+        )

@@ -11,7 +11,7 @@ from bilevel import hypergrad, inner
 from bilevel.problem import Estimator, Learner, Problem, Task
 from bilevel.sklearn.folds import Fold, center
 from bilevel.sklearn.losses import log_loss, squared_error
-from bilevel.sklearn.newton import Newton
+from bilevel.sklearn.newton import ConjugateGradients, Newton
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class LogisticModel:
 
         problem = Problem(lambda meta, key: jnp.zeros(()), inner_loss, outer_loss)
         solver = Newton(lambda rows: rows.start)
-        return Learner(problem, solver, estimator or hypergrad.Implicit(hypergrad.cg(1000)))
+        return Learner(problem, solver, estimator or hypergrad.Implicit(ConjugateGradients()))
 
     def task(self, fold: Fold, seed: int) -> Task:
         """Standardized by the support."""
