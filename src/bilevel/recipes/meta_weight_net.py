@@ -48,8 +48,8 @@ class MetaWeightNet:
     """Hidden units of the weight network."""
     learning_rate: float = 0.05
     """Of the classifier's SGD with momentum, at the start; it falls to 0 along a cosine."""
-    weight_learning_rate: float = 1e-3
-    """Of the weight network's Adam."""
+    weight_learning_rate: float = 1e-4
+    """Of the weight network's Adam; from 1e-3 on it may end with all weights at 1."""
     decay: float = 5e-4
     """Weight decay of the classifier."""
     data: Path | None = None
