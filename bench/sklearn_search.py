@@ -177,7 +177,9 @@ def draw(results: dict[str, list[Outcome]], path: Path) -> None:
                 label=each.way,
             )
         ax.set(xscale="log", yscale="log", title=name, xlabel="models fitted")
-        ax.set_ylim(bottom=1e-5)
+        ax.set_ylim(bottom=5e-5)
+        ax.set_xticks([5, 10, 20, 50, 100, 200, 400], labels=["5", "10", "20", "50", "100", "200", "400"])
+        ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("validation loss above the best, %")
     axes[0, 0].legend(frameon=False)

@@ -152,7 +152,8 @@ def descend(
     def go_down(x: np.ndarray, first: tuple[float, np.ndarray]) -> bool:
         """Whether there was anywhere to go."""
         loss, gradient = first
-        steepest = np.max(np.abs(np.clip(x - gradient, low, high) - x))
+        blocked = np.clip(x - gradient, low, high) == x
+        steepest = np.max(np.where(blocked, 0, np.abs(gradient)))
         if steepest <= tolerance * abs(loss):
             return False
         known = {x.tobytes(): first}
@@ -187,7 +188,7 @@ def descend(
 def _require_finite(loss: float, params: dict) -> None:
     if not np.isfinite(loss):
         raise FloatingPointError(
-            f"the cross-validation loss or its gradient is not finite at the start, {params}: the model cannot "
-            "be fitted there; scale the features (StandardScaler before it in a Pipeline), or start from a "
-            "stronger penalty or a lower learning rate"
+            f"the cross-validation loss or its gradient is not finite at the start, {params}: the model "
+            "cannot be fitted there; scale the features (a StandardScaler before it), or start from "
+            "a stronger penalty or a lower learning rate"
         )

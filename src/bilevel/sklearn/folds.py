@@ -115,7 +115,7 @@ def pad(folds: Sequence[Fold], features: bool) -> list[Fold]:
     >>> part = lambda n: Part(np.ones((n, 2)), np.ones((n, 1)), np.ones(n))
     >>> longer, shorter = pad([Fold(part(3), part(1), 3), Fold(part(2), part(2), 2)], features=True)
     >>> shorter.support.x.shape, shorter.support.w.sum(), longer.query.w.sum()
-    ((64, 16), 2.0, 1.0)
+    ((64, 16), np.float64(2.0), np.float64(1.0))
     """
     rows = _rounded(max(len(fold.support.w) for fold in folds), 64)
     query_rows = _rounded(max(len(fold.query.w) for fold in folds), 64)

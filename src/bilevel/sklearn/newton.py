@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -111,10 +111,8 @@ class ConjugateGradients:
 
     tolerance: float = 1e-9
     max_products: int = 1000
-    system: ClassVar[str] = "gradient"
-    remedy: ClassVar[str] = (
-        "the penalty is too weak for the features: they are collinear or separate the classes"
-    )
+    system: str = "gradient"
+    remedy: str = "the penalty is too weak for the features: they are collinear or separate the classes"
 
     def solve(self, matvec, b, key):
         """About A⁻¹ b."""

@@ -93,24 +93,24 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
 
     >>> from sklearn.linear_model import Ridge
     >>> rng = np.random.default_rng(0)
-    >>> X = rng.normal(size=(40, 3)); y = X @ [1.0, 2.0, 0.0] + rng.normal(size=40)
+    >>> X = rng.normal(size=(40, 3)); y = X @ [1.0, 2.0, 0.0] + 3 * rng.normal(size=40)
     >>> search = HypergradientSearchCV(Ridge()).fit(X, y)
     >>> round(search.best_params_["alpha"], 2), search.best_estimator_
-    (2.63, Ridge(alpha=...))
+    (5.06, Ridge(alpha=...))
     """
 
     def __init__(
         self,
-        estimator,
-        param_space=None,
+        estimator: Any,
+        param_space: Any = None,
         *,
-        cv=5,
+        cv: Any = 5,
         num_meta_steps=50,
         num_starts=1,
         tol=1e-4,
         per_feature=False,
-        hypergradient=None,
-        scoring=None,
+        hypergradient: Any = None,
+        scoring: Any = None,
         refit=True,
         random_state=None,
     ):
