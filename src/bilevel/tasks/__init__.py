@@ -3,6 +3,7 @@
 from bilevel.tasks import augment
 from bilevel.tasks.convert import Layout, convert
 from bilevel.tasks.episodes import EqualShots, MetaDatasetShots, UnequalShots, VaryingFewShot
+from bilevel.tasks.few_beside_many import FewBesideMany, few_beside_many
 from bilevel.tasks.few_shot import FewShot
 from bilevel.tasks.fixed import Fixed
 from bilevel.tasks.gaussian_process import GaussianProcess
@@ -25,10 +26,12 @@ from bilevel.tasks.task_augment import (
     relabeled,
     shifted_targets,
 )
+from bilevel.tasks.text_sources import TextSources, read_sources, small_languages
 from bilevel.tasks.with_support import with_support
 
 __all__ = [
     "EqualShots",
+    "FewBesideMany",
     "FewShot",
     "Fixed",
     "GaussianProcess",
@@ -39,6 +42,7 @@ __all__ = [
     "Layout",
     "MetaDatasetShots",
     "Minibatch",
+    "TextSources",
     "UnequalShots",
     "VaryingFewShot",
     "augment",
@@ -48,6 +52,7 @@ __all__ = [
     "choose",
     "classification",
     "convert",
+    "few_beside_many",
     "glyph",
     "harmonics",
     "hold_out",
@@ -58,9 +63,11 @@ __all__ = [
     "mixed_classes",
     "omniglot",
     "open_stored",
+    "read_sources",
     "relabeled",
     "shifted_targets",
     "sinusoid",
+    "small_languages",
     "stored",
     "with_support",
 ]

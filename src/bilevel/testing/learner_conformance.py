@@ -16,6 +16,7 @@ from bilevel.nets import Net
 from bilevel.problem import Key, Learner, Task
 from bilevel.tasks import FewShot, Minibatch, batch, classification
 from bilevel.train import Options, Run, evaluate, init_state, mean_hypergradient, train
+from bilevel.train.evaluate import evaluator
 
 WAYS, SHOTS, QUERIES, CLASSES = 3, 2, 4, 12
 _SIGNAL, _NUISANCE, _WIDTH = 3, 9, 16
@@ -271,10 +272,10 @@ def learned_accuracy(row: LearnerRow, num_meta_steps: int = 800, num_tasks: int 
     learner, sample = row.make(vector_nets(row.nested)), sampler(row, num_tasks)
     optimizer = row.optimizer()
     state = init_state(learner, optimizer, sample, jax.random.key(0))
+    judge = evaluator(learner, sample_vectors, num_tasks=300)  # compiled once for both
 
     def accuracy(meta):
-        curves = evaluate(learner, meta, sample_vectors, jax.random.key(5), num_tasks=300).curves
-        return float(curves["query_accuracy"].mean[-1])
+        return float(judge(meta, jax.random.key(5)).curves["query_accuracy"].mean[-1])
 
     before = accuracy(state.meta)
     state = train(learner, optimizer, sample, state, num_meta_steps, options=_OPTIONS)
