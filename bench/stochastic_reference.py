@@ -4,7 +4,7 @@ What `bench/stochastic.py` holds bilevel's estimators against: the same algorith
 start, as plain loops over minibatches with the derivatives of the two problems worked out by hand. A method
 takes the row numbers of every batch as arguments, so that both can be given the same ones.
 
-A problem is five functions of one batch (`Oracles`); parameters w are `[p]` or `[p, classes]`, θ is `[m]`.
+A problem is five functions of one batch (`Oracles`); parameters w are `[p]` or `[classes, p]`, θ is `[m]`.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def logistic_theta(x, y, rows, w, theta):
     return 0.5 * np.exp(theta) * w * w
 
 
-# One weight an example: g = mean σ(θᵢ) CE(xᵢ w, yᵢ) + decay |w|²,  f = mean CE(xⱼ w, yⱼ)
+# One weight an example: g = mean σ(θᵢ) CE(w xᵢ, yᵢ) + decay |w|²,  f = mean CE(w xⱼ, yⱼ)
 
 
 @numba.njit
@@ -88,10 +88,10 @@ def sigmoid(t):
 @numba.njit
 def softmax_slope(x, y, rows, w):
     x = x[rows]
-    p = softmax(x @ w)
+    p = softmax(x @ w.T)
     for i in range(len(rows)):
         p[i, y[rows[i]]] -= 1
-    return x.T @ p / x.dtype.type(len(rows))
+    return p.T @ x / x.dtype.type(len(rows))
 
 
 def cleaning(decay: float) -> Oracles:
@@ -100,17 +100,17 @@ def cleaning(decay: float) -> Oracles:
     @numba.njit
     def gradient(x, y, rows, w, theta):
         x = x[rows]
-        p = softmax(x @ w)
+        p = softmax(x @ w.T)
         for i in range(len(rows)):
             p[i, y[rows[i]]] -= 1
             p[i] *= sigmoid(theta[rows[i]]) / len(rows)
-        return x.T @ p + w.dtype.type(2 * decay) * w
+        return p.T @ x + w.dtype.type(2 * decay) * w
 
     @numba.njit
     def products(x, y, rows, w, theta, v):
         x = x[rows]
-        p = softmax(x @ w)
-        u = x @ v
+        p = softmax(x @ w.T)
+        u = x @ v.T
         cross = np.zeros_like(theta)
         for i in range(len(rows)):
             weight = sigmoid(theta[rows[i]]) / len(rows)
@@ -121,11 +121,11 @@ def cleaning(decay: float) -> Oracles:
             p[i] *= weight
             u[i] = weight * curved
         decays = w.dtype.type(2 * decay)
-        return x.T @ p + decays * w, x.T @ u + decays * v, cross
+        return p.T @ x + decays * w, u.T @ x + decays * v, cross
 
     @numba.njit
     def theta_gradient(x, y, rows, w, theta):
-        z = x[rows] @ w
+        z = x[rows] @ w.T
         out = np.zeros_like(theta)
         for i in range(len(rows)):
             weight = sigmoid(theta[rows[i]])

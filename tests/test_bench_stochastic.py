@@ -47,7 +47,7 @@ def cleaning(problems, reference):
         (jnp.asarray(x), jnp.asarray(y), jnp.arange(40)), tuple(jnp.asarray(leaf) for leaf in query)
     )
     problem = problems.bl.Problem(
-        lambda meta, key: jnp.zeros((6, 3)), problems.weighted_loss, problems.clean_loss
+        lambda meta, key: jnp.zeros((3, 6)), problems.weighted_loss, problems.clean_loss
     )
     value = problems.cleaning_value(*task)
     oracles, arrays = reference.cleaning(problems.DECAY), reference.Arrays(x, y, *query)
