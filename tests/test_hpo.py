@@ -236,7 +236,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(digits):
     with pytest.raises(ValueError, match="penalty must be positive"):
         LogisticL2(penalty=0)
     with pytest.raises(ValueError, match="estimator must be one of mixed"):
-        Settings().estimator("newton")
+        Settings().estimator("newton")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="steps"):
         LogisticL2(data="iris", solver="converged", estimator="mixed").build()
 

@@ -86,7 +86,7 @@ class AugmentationStrength:
             return bl.learners.cross_entropy(net.apply(params, x), y)[0]
 
         problem, predict = classifier(net, inner_loss)
-        start = {name: jnp.log(jnp.asarray(self.strength)) for name in STRENGTHS}
+        start = {name: jnp.log(jnp.asarray(self.strength, float)) for name in STRENGTHS}
         solver = bl.inner.Gradient(optax.sgd(self.rate, momentum=0.9), self.num_steps)
         estimator = self.settings.estimator(self.estimator)
         return self.digits.experiment(

@@ -119,7 +119,7 @@ def perceptron(side: int, hidden: tuple[int, ...]) -> bl.nets.Net:
     """An MLP that takes pictures.
 
     >>> net = perceptron(14, (8,))
-    >>> net.apply(net.init(jax.random.key(0)), jnp.ones((3, 14, 14, 1))).shape
+    >>> net.apply(net.init(jax.random.key(0)), jax.numpy.ones((3, 14, 14, 1))).shape
     (3, 10)
     """
     net = bl.nets.mlp([side * side, *hidden, NUM_CLASSES])
@@ -129,7 +129,7 @@ def perceptron(side: int, hidden: tuple[int, ...]) -> bl.nets.Net:
 def drawn(batch: tuple[jax.Array, jax.Array], size: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A minibatch of `size` examples that the key draws, with replacement; 0 takes all.
 
-    >>> drawn((jnp.ones((9, 4)), jnp.arange(9)), 3, jax.random.key(0))[0].shape
+    >>> drawn((jax.numpy.ones((9, 4)), jax.numpy.arange(9)), 3, jax.random.key(0))[0].shape
     (3, 4)
     """
     x, y = batch

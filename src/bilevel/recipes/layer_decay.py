@@ -70,7 +70,7 @@ class LayerDecay:
         problem, predict = classifier(net, inner_loss)
 
         def init_meta(key):
-            return {"log_decay": {name: jnp.log(jnp.asarray(self.decay)) for name in net.init(key)}}
+            return {"log_decay": {name: jnp.log(jnp.asarray(self.decay, float)) for name in net.init(key)}}
 
         solver = bl.inner.Gradient(optax.sgd(self.rate, momentum=0.9), self.num_steps)
         estimator = self.settings.estimator(self.estimator)

@@ -1,5 +1,6 @@
 """A penalty for each parameter of a logistic regression (Bengio, 2000; Pedregosa, 2016)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +147,7 @@ class LogisticL2:
             problem,
             self._solver(),
             self.settings.estimator(self.estimator),
-            lambda key: {"log_penalty": jnp.full(shape, jnp.log(self.penalty))},
+            lambda key: {"log_penalty": jnp.full(shape, math.log(self.penalty), float)},
             predict,
         )
         sample = Fixed(Task(data.support, data.validation))

@@ -1,5 +1,6 @@
 """Schedules of learning rate and momentum over a whole training (Maclaurin, Duvenaud, Adams, 2015)."""
 
+import math
 from dataclasses import dataclass, field
 
 import jax
@@ -111,8 +112,8 @@ class Schedules:
 
         def init_meta(key):
             return {
-                "log_rate": jnp.full(self.num_knots, jnp.log(self.rate)),
-                "logit_momentum": jnp.full(self.num_knots, jnp.log(odds)),
+                "log_rate": jnp.full(self.num_knots, math.log(self.rate), float),
+                "logit_momentum": jnp.full(self.num_knots, math.log(odds), float),
             }
 
         solver = bl.inner.Gradient(lambda meta: scheduled_sgd(meta, self.num_steps), self.num_steps)
