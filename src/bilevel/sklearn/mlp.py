@@ -89,7 +89,8 @@ class MlpModel:
         φ_{k+1} = optimizer(∇φ [ Σ_{i in batch k} wᵢ lossᵢ + α/2 |W|² ] / Σ_{i in batch k} wᵢ)
 
     The start and the minibatches are those that scikit-learn draws from the same seed. All `max_iter` passes
-    are made: its rule for stopping early has no derivative.
+    are made: its rule for stopping early has no derivative. ε of adam is added after the bias correction, as
+    in optax; scikit-learn adds it before.
 
     Cost: about 4 trainings a fold; memory √K states of the network. Exact for the steps run.
 
