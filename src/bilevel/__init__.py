@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 from bilevel import hypergrad, inner, learners, nets, tasks
-from bilevel.analysis import Advice, CheckReport, Plan, advise, check, plan
+from bilevel.analysis import Advice, CheckReport, Plan, advise, check, influence, plan
 from bilevel.hypergrad import FirstOrderWarning, HypergradientWarning, hypergradient
 from bilevel.learners import maml
 from bilevel.problem import Hypergradient, Learner, Problem, Solution, Task
@@ -45,6 +45,7 @@ __all__ = [
     "evaluate",
     "hypergrad",
     "hypergradient",
+    "influence",
     "init_state",
     "inner",
     "learners",
