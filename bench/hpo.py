@@ -371,7 +371,7 @@ def schedules(num_steps: int) -> Problem:
 
 
 def layer_decay() -> Problem:
-    recipe = LayerDecay(learning_rate=0.25)
+    recipe = LayerDecay(learning_rate=0.4)
     start = np.full(3, math.log(recipe.decay))
     bounds = (math.log(1e-5), math.log(0.3))
     return Problem(
