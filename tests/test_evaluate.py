@@ -1,5 +1,6 @@
 """The protocol's figures against what they must be: intervals, chunks, calibration, specialization."""
 
+import dataclasses
 import re
 
 import jax
@@ -221,3 +222,18 @@ def test_held_out_classes_depend_on_their_number_alone():
     assert set(np.unique(hold_out(blobs(range(30), 3, 1, 1), 8, seed=1)[1].labels).tolist()) != out
     with pytest.raises(ValueError, match="held-out classes"):
         hold_out(blobs(range(30), 3, 1, 1), 29)
+
+
+def test_a_learner_of_one_step_is_judged_after_more():
+    net = bl.nets.mlp([1, 4, 1])
+
+    def loss(params, meta, batch, key):
+        x, y = batch
+        return jnp.mean((net.apply(params, x) - y) ** 2) + meta * optax.tree.norm(params, squared=True)
+
+    problem = bl.Problem(lambda meta, key: net.init(key), loss, lambda *args: loss(args[0], 0.0, *args[2:]))
+    learner = bl.Learner(problem, bl.inner.Gradient(optax.sgd(0.01), 1), bl.hypergrad.Soba(0.1))
+    with pytest.raises(ValueError):  # to train with
+        dataclasses.replace(learner, solver=bl.inner.Gradient(optax.sgd(0.01), 5))
+    curve = bl.evaluate(learner, jnp.zeros(()), bl.tasks.sinusoid, jax.random.key(0), num_tasks=4, num_steps=5).curves
+    assert curve["query_loss"].mean.shape == (6,)

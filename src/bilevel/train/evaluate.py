@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.hypergrad.common import problem_metrics, split_keys
+from bilevel.hypergrad.first_order.first_order import FirstOrder
 from bilevel.inner import unroll
 from bilevel.problem import IterativeSolver, Key, Learner, Meta, Params, Task
 from bilevel.train.arrays import split_arrays
@@ -71,13 +72,16 @@ def adapt(learner: Learner, meta: Meta, task: Task, key: Key, num_steps: int | N
 
 
 def with_num_steps(learner: Learner, num_steps: int | None) -> Learner:
-    """The same learner with another number of inner steps."""
+    """The same learner with another number of inner steps, to adapt with: its estimator is put aside.
+
+    Single-loop estimators refuse a solver of more than one step, and nothing is differentiated here.
+    """
     if num_steps is None:
         return learner
     if not isinstance(learner.solver, IterativeSolver):
         raise ValueError(f"{type(learner.solver).__name__} has no num_steps to set; leave num_steps out")
     solver = dataclasses.replace(learner.solver, num_steps=num_steps)  # type: ignore[type-var]
-    return dataclasses.replace(learner, solver=solver)
+    return dataclasses.replace(learner, solver=solver, estimator=FirstOrder())
 
 
 def evaluate(
