@@ -262,6 +262,6 @@ def cleaning(data: Path, num_train: int, num_clean: int) -> Work:
         cleaning_value(*task),
         batch,
         (0.01, 0.03, 0.1),
-        (10.0, 100.0, 1000.0),
+        (300.0, 3000.0, 30000.0),
         6.0,
     )
