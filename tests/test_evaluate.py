@@ -235,5 +235,6 @@ def test_a_learner_of_one_step_is_judged_after_more():
     learner = bl.Learner(problem, bl.inner.Gradient(optax.sgd(0.01), 1), bl.hypergrad.Soba(0.1))
     with pytest.raises(ValueError):  # to train with
         dataclasses.replace(learner, solver=bl.inner.Gradient(optax.sgd(0.01), 5))
-    curve = bl.evaluate(learner, jnp.zeros(()), bl.tasks.sinusoid, jax.random.key(0), num_tasks=4, num_steps=5).curves
+    key = jax.random.key(0)
+    curve = bl.evaluate(learner, jnp.zeros(()), bl.tasks.sinusoid, key, num_tasks=4, num_steps=5).curves
     assert curve["query_loss"].mean.shape == (6,)
