@@ -161,3 +161,18 @@ def test_a_start_is_needed():
     meta = LEARNER.init_meta(KEY)
     state = bl.init_state(learner, optax.sgd(0.1), SAMPLE, KEY, meta)
     assert_trees_close("meta", state.meta, meta, 0.0)
+
+
+def test_a_start_of_python_numbers_is_compiled_once():
+    problem = bl.Problem(
+        lambda meta, key: jnp.zeros(2),
+        lambda params, meta, batch, key: jnp.sum((params - jnp.exp(meta)) ** 2),
+        lambda params, meta, batch, key: jnp.sum((params - 1) ** 2),
+    )
+    learner = bl.Learner(problem, bl.inner.Gradient(optax.sgd(0.1), 2), bl.hypergrad.Unroll())
+    sample = bl.tasks.batch(bl.tasks.sinusoid, 2)
+    state = bl.init_state(learner, optax.adam(0.1), sample, KEY, jnp.full(2, jnp.log(0.5)))  # a weak type
+    step = jax.jit(lambda state, tasks: bl.meta_step(learner, optax.adam(0.1), state, tasks)[0])
+    for _ in range(3):
+        state = step(state, sample(KEY))
+    assert step._cache_size() == 1

@@ -14,13 +14,14 @@ from bilevel.tasks.hold_out import hold_out
 from bilevel.tasks.image_completion import ImageCompletion
 from bilevel.tasks.minibatch import Minibatch
 from bilevel.tasks.mnist import Mnist, mnist
+from bilevel.tasks.newsgroups import newsgroups
 from bilevel.tasks.omniglot import omniglot
 from bilevel.tasks.prefetch import HostFewShot, HostTasks, hosted
 from bilevel.tasks.rows import Rows
 from bilevel.tasks.sampling import batch, choose, classification
 from bilevel.tasks.sinusoid import sinusoid
 from bilevel.tasks.stored import load, open_stored, stored
-from bilevel.tasks.tabular import Tabular, tabular
+from bilevel.tasks.tabular import Tabular, divide, tabular
 from bilevel.tasks.task_augment import (
     augmented,
     changed,
@@ -60,6 +61,7 @@ __all__ = [
     "choose",
     "classification",
     "convert",
+    "divide",
     "few_beside_many",
     "flip_noise",
     "glyph",
@@ -73,6 +75,7 @@ __all__ = [
     "mislabeled",
     "mixed_classes",
     "mnist",
+    "newsgroups",
     "omniglot",
     "open_stored",
     "read_sources",

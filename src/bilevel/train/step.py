@@ -65,7 +65,8 @@ def init_state(
         if learner.init_meta is None:
             raise ValueError("this learner has no init_meta, so there is nothing to start from: pass meta=")
         meta = learner.init_meta(meta_key)
-    start: Any = jax.tree.map(jnp.asarray, meta)
+    # Python's own numbers leave a weak type behind, with which the loop would be compiled a second time.
+    start: Any = jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.asarray(leaf).dtype), meta)
     tasks = sample_tasks(task_key)
     keys = jax.random.split(task_key, num_tasks(tasks))
     estimator_state = jax.vmap(
