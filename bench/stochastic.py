@@ -10,7 +10,9 @@ compilation nor the evaluation of h is in it. Protocol after Dagréou et al., 20
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,7 +25,18 @@ import numpy as np
 import run as bench
 import scipy.optimize
 from stochastic_problems import Work, bundled, cleaning, ijcnn1, ijcnn1_like
-from stochastic_runs import FULL, METHODS, Method, calls, compile_steps, run, speed, train_speed, work_shape
+from stochastic_runs import (
+    FULL,
+    METHODS,
+    Method,
+    calls,
+    compile_steps,
+    reference_speed,
+    run,
+    speed,
+    train_speed,
+    work_shape,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -176,19 +189,34 @@ def table(work: Work, results: dict[str, Result], least: float) -> None:
     sys.stdout.flush()
 
 
-def speed_table(works: dict[str, Work], rounds: int) -> None:
+def plain_numpy(words: list[str]) -> dict[str, float]:
+    """Microseconds of an outer step of the reference, in a process without numba's compiler."""
+    command = [sys.executable, str(Path(__file__)), *words, "--only", "numpy"]
+    done = subprocess.run(
+        command, env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speed_table(works: dict[str, Work], rounds: int, words: list[str]) -> None:
     """Prints Markdown: microseconds of an outer step, ours and the reference's."""
+    plain = plain_numpy(words)
     print("\n### Microseconds of an outer step, median (least) over rounds in turn\n")
-    print("| problem | method | bilevel | numpy and numba | bilevel / reference | in bl.train, least |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| problem | method | bilevel | numpy | bilevel / numpy | the same, compiled by numba | bilevel / numba "
+        "| in bl.train, least |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name, work in works.items():
         for method in METHODS:
             took = speed(work, method, rounds)
             inside = train_speed(work, method, 50 if name == "cleaning" else 200)
             pair = [f"{np.median(part):.1f} ({part.min():.1f})" for part in (took.ours, took.theirs)]
+            numpy = plain[f"{name} {method.name}"]
             print(
-                f"| {name} | {method.name} | {pair[0]} | {pair[1]} | {np.median(took.ratio):.2f} "
-                f"({took.ours.min() / took.theirs.min():.2f}) | {inside:.1f} |",
+                f"| {name} | {method.name} | {pair[0]} | {numpy:.1f} | {np.median(took.ours) / numpy:.2f} "
+                f"| {pair[1]} | {np.median(took.ratio):.2f} ({took.ours.min() / took.theirs.min():.2f}) "
+                f"| {inside:.1f} |",
                 flush=True,
             )
 
@@ -221,7 +249,9 @@ def main() -> None:
     options.add_argument("--images", type=int, default=5000, help="of data cleaning; 20000 as published")
     options.add_argument("--ijcnn1", type=Path, help="LIBSVM file of the training set")
     options.add_argument("--ijcnn1-test", type=Path, help="LIBSVM file of the test set, for the outer loss")
-    options.add_argument("--only", choices=("speed", "curves"), help="one half of it")
+    options.add_argument(
+        "--only", choices=("speed", "curves", "numpy"), help="a part of it; numpy prints JSON"
+    )
     options.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / "docs")
     args = options.parse_args()
     if (args.ijcnn1 is None) != (args.ijcnn1_test is None):
@@ -231,9 +261,14 @@ def main() -> None:
     # The calls are waited for one by one: a thread of their own only adds its waking up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     works = works_of(args)
+    rounds = 5 if args.quick else 60
+    if args.only == "numpy":
+        found = {f"{n} {m.name}": reference_speed(w, m, rounds) for n, w in works.items() for m in METHODS}
+        print(json.dumps(found))
+        return
     print(f"Machine: {bench.machine()}")
     if args.only != "curves":
-        speed_table(works, 5 if args.quick else 60)
+        speed_table(works, rounds, [word for word in sys.argv[1:] if word not in ("--only", "speed")])
     for name, work in works.items() if args.only != "speed" else ():
         seconds = work.seconds / 10 if args.quick else work.seconds
         seeds = 1 if args.quick else (3 if name == "cleaning" else 5)

@@ -193,6 +193,19 @@ def speed(work: Work, method: Method, rounds: int) -> Speed:
     return Speed(ours, others, ours / others)
 
 
+def reference_speed(work: Work, method: Method, rounds: int) -> float:
+    """Median microseconds of an outer step of the reference as it is, numba's compiler on or off."""
+    theirs, rng, kind = reference.METHODS[method.name], np.random.default_rng(0), work.meta.dtype.type
+    state, times, n = first_state(work, method.name, work.rates[0]), [], 16
+    rates = kind(work.rates[0]), kind(work.outer_rates[0])
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        rows = reference.draw(theirs, work.arrays, work.batch_size, n, rng)
+        theirs.run(work.oracles, work.arrays, state, *rows, *rates)
+        times.append((time.perf_counter() - began) / n * 1e6)
+    return float(np.median(times[1:]))
+
+
 def train_speed(work: Work, method: Method, num_steps: int) -> float:
     """Microseconds of an outer step inside `bl.train`, the fastest of its chunks."""
     learned, optimizer = learner(work, method, work.rates[0]), optax.sgd(work.outer_rates[0])
