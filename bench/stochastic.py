@@ -203,7 +203,7 @@ def speed_table(works: dict[str, Work], rounds: int, words: list[str]) -> None:
     plain = plain_numpy(words)
     print("\n### Microseconds of an outer step, median (least) over rounds in turn\n")
     print(
-        "| problem | method | bilevel | numpy | bilevel / numpy | the same, compiled by numba | bilevel / numba "
+        "| problem | method | bilevel | numpy | bilevel / numpy | compiled by numba | bilevel / numba "
         "| in bl.train, least |"
     )
     print("|---|---|---|---|---|---|---|---|")
