@@ -140,7 +140,10 @@ def draw(work: Work, results: dict[str, Result], least: float, path: Path) -> No
         for method in (*METHODS, FULL):
             if method.name not in results:
                 continue
-            curves = results[method.name].curves
+            # A method that took one step in its time has no line.
+            curves = [curve for curve in results[method.name].curves if len(curve.seconds) > 1]
+            if not curves:
+                continue
             end = max(getattr(curve, along)[-1] for curve in curves)
             start = min(getattr(curve, along)[1] for curve in curves)
             grid = np.geomspace(start, end, 60)

@@ -96,3 +96,10 @@ def test_wrong_shapes_are_refused_by_name(field_name, value, words):
     experiment = replace(Penalties().build(), **{field_name: lambda meta: value})
     with pytest.raises(ValueError, match=f"{words}.*'a'"):
         learned(experiment, {"log_penalty": jnp.zeros(3)})
+
+
+def test_a_recipe_without_example_tasks_is_not_asked_for_them(tmp_path):
+    folder = tmp_path / "run"
+    train_recipe(RECIPE, Penalties(num_meta_steps=4), folder, False, "bilevel train")
+    evaluate_run(folder)
+    assert "examples.npz" not in write_report([folder]).read_text()

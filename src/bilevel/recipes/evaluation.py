@@ -125,6 +125,7 @@ def evaluate_run(
         "chance": experiment.chance,
         "protocol": experiment.protocol,
         "tasks": describe_tasks(experiment.sample_test),
+        "pictures": experiment.pictures,
     }
     result |= _beside(run, other_shots, count, steps, seed)
     result |= _overfitting(run, main, count, steps, seed)

@@ -113,6 +113,8 @@ def _unseen_examples(experiment: Experiment, test: Fixed) -> tuple[bool | None, 
         return None, "whether the test examples are unseen is not checked: the samplers do not say"
     given = _rows(train.task.support) | _rows(train.task.query)
     asked = _rows(test.task.query)
+    if len(asked) < 2:
+        return None, "whether the test examples are unseen is not checked: they are one row, such as one text"
     shared = len(given & asked)
     if shared:
         return None, f"{shared} of the {len(asked)} test examples are equal to one that was trained on"

@@ -94,6 +94,7 @@ def _read(folder: Path, name: str) -> Run:
     metrics = _read_metrics(folder / "metrics.jsonl", notes)
     evaluation = _read_json(folder / "evaluation.json", notes, evaluate)
     curves = curves_of(evaluation.get("curves"))
+    drawn_without = evaluation.get("pictures") == "none"  # the recipe has no example tasks to draw
     if evaluation and not curves:
         notes.append(Note("evaluation.json holds no readable curves.", evaluate))
     return Run(
@@ -104,7 +105,7 @@ def _read(folder: Path, name: str) -> Run:
         evaluation=evaluation,
         curves=curves,
         scratch=curves_of(evaluation.get("scratch")),
-        examples=_read_examples(folder / "examples.npz", notes, evaluate),
+        examples={} if drawn_without else _read_examples(folder / "examples.npz", notes, evaluate),
         notes=tuple(notes),
     )
 
