@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
-import itertools
 import shlex
 import sys
 import traceback
@@ -27,6 +25,7 @@ from bilevel.recipes.run import (
     train_recipe,
 )
 from bilevel.recipes.summary import summary
+from bilevel.search.flags import parse, value_of
 from bilevel.sharding import make_devices
 from bilevel.tasks.convert import Dataset, Layout, convert
 from bilevel.tasks.pictures import Fit
@@ -102,12 +101,12 @@ def _train(words: list[str]) -> int:
     cls = find_recipe(name)
     default_folder = Path("runs") / name.rpartition(":")[2]
     recipe, validation = cls(), Validation()
-    if "--resume" in flags and (folder := _flag(flags, "--folder") or default_folder).is_dir():
+    if "--resume" in flags and (folder := Path(value_of(flags, "--folder") or default_folder)).is_dir():
         if (there := read_config(folder)["recipe"]) != name:
             raise ValueError(f"{folder} holds a run of {there}, not of {name}; take another --folder")
         # Flags left out keep the values the run was started with.
         recipe, validation = saved_recipe(folder), saved_validation(folder)
-    parsed = _parse(
+    parsed = parse(
         f"bilevel train {name}",
         _arguments(cls, recipe, default_folder, validation),
         flags,
@@ -152,16 +151,6 @@ def _arguments(cls: type, recipe: Any, folder: Path, validation: Validation) -> 
     )
 
 
-def _flag(flags: list[str], name: str) -> Path | None:
-    """A flag's value before the flags are parsed, as `--name value` or `--name=value`."""
-    for i, word in enumerate(flags):
-        if word == name and i + 1 < len(flags):
-            return Path(flags[i + 1])
-        if word.startswith(f"{name}="):
-            return Path(word.partition("=")[2])
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Eval:
     run: tyro.conf.Positional[Path]
@@ -179,7 +168,7 @@ class _Eval:
 
 
 def _eval(words: list[str]) -> int:
-    parsed = _parse("bilevel eval", _Eval, words, "Judge a run on fresh tasks of unseen classes.")
+    parsed = parse("bilevel eval", _Eval, words, "Judge a run on fresh tasks of unseen classes.")
     result = evaluate_run(
         parsed.run,
         parsed.num_tasks,
@@ -208,7 +197,7 @@ class _Compare:
 
 
 def _compare(words: list[str]) -> int:
-    parsed = _parse("bilevel compare", _Compare, words, "Who is better on the same tasks?")
+    parsed = parse("bilevel compare", _Compare, words, "Who is better on the same tasks?")
     result = compare_runs(
         parsed.runs, parsed.num_tasks, parsed.seed, checkpoint=parsed.checkpoint, out=parsed.out
     )
@@ -232,7 +221,7 @@ class _Check:
 
 
 def _check(words: list[str]) -> int:
-    parsed = _parse("bilevel check", _Check, words, "Hold a recipe's hypergradient against differences.")
+    parsed = parse("bilevel check", _Check, words, "Hold a recipe's hypergradient against differences.")
     report = run_check(
         find_recipe(parsed.recipe)().build(),
         seed=parsed.seed,
@@ -265,7 +254,7 @@ class _Advise:
 
 
 def _advise(words: list[str]) -> int:
-    parsed = _parse("bilevel advise", _Advise, words, "Compare the estimators on a recipe's problem.")
+    parsed = parse("bilevel advise", _Advise, words, "Compare the estimators on a recipe's problem.")
     flags = dataclasses.asdict(parsed)
     name, out = flags.pop("recipe"), flags.pop("out")
     if out is not None:  # before the minutes of measuring, not after
@@ -297,7 +286,7 @@ class _Report:
 def _report(words: list[str]) -> int:
     from bilevel.report import write_report  # matplotlib takes a second to import
 
-    parsed = _parse("bilevel report", _Report, words, "Write one self-contained HTML page.")
+    parsed = parse("bilevel report", _Report, words, "Write one self-contained HTML page.")
     searches = [folder for folder in parsed.runs if _is_search(folder)]
     if not searches:
         print(write_report(parsed.runs, parsed.out))
@@ -319,10 +308,10 @@ def _search(words: list[str]) -> int:
     with _extra("search"):
         from bilevel.search.commands import run_search
         from bilevel.search.population_commands import run_population
-    method = _flag(words, "--method")
+    method = value_of(words, "--method")
     if method is None:
         return run_search(words)
-    if str(method) != "pbt":
+    if method != "pbt":
         raise ValueError(f"--method is pbt, a population, or left out for a search; got {method}")
     return run_population(words)
 
@@ -371,7 +360,7 @@ class _Convert:
 
 
 def _convert(words: list[str]) -> int:
-    parsed = _parse("bilevel convert", _Convert, words, "Store pictures of any common form, once.")
+    parsed = parse("bilevel convert", _Convert, words, "Store pictures of any common form, once.")
     flags = dataclasses.asdict(parsed)
     source, folder = flags.pop("source"), flags.pop("folder")
     layout = Layout(**{name: flags.pop(name) for name in ("size", "fit", "channels")})
@@ -394,7 +383,7 @@ class _Demo:
 def _demo(words: list[str]) -> int:
     from bilevel.report import write_report
 
-    folder = _parse("bilevel demo", _Demo, words, "Train, evaluate and report maml-glyphs.").folder
+    folder = parse("bilevel demo", _Demo, words, "Train, evaluate and report maml-glyphs.").folder
     name = "maml-glyphs"
     resume = (folder / "config.json").exists()
     recipe = saved_recipe(folder) if resume else RECIPES[name]()
@@ -409,20 +398,6 @@ def _demo(words: list[str]) -> int:
     print(summary(evaluate_run(folder)))
     print(f"report: {write_report([folder])}")
     return 0
-
-
-def _parse(prog: str, cls: Any, words: list[str], description: str | None) -> Any:
-    """tyro's parser, with its boxed complaints made one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, prog=prog, args=words, description=description)
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help was asked for, and printed
-    lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
-    reason = itertools.takewhile(lambda line: line and line.strip("─╯╰"), lines)
-    raise ValueError(f"{' '.join(reason) or 'wrong flags'}; `{prog} --help` lists the flags") from None
 
 
 _COMMANDS = {

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from bilevel.report.curves import MAX_PANELS, series
+from bilevel.report.html import table
 from bilevel.report.plots import Frame, Line, draw
 from bilevel.report.runs import Run, number
 
@@ -33,14 +34,13 @@ def _figures(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in _part(run, "figures")))
     if not names:
         return ""
-    top = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs) if len(runs) > 1 else ""
-    head = f'<thead><tr><th scope="col">Figure</th>{top or "<th>Value</th>"}</tr></thead>'
-    rows = ""
+    rows = []
     for name in names:
         values = [number(_part(run, "figures").get(name)) for run in runs]
-        cells = "".join(f"<td>{value:.4g}</td>" if np.isfinite(value) else "<td>—</td>" for value in values)
-        rows += f'<tr><th scope="row">{escape(str(name))}</th>{cells}</tr>'
-    return f'<div class="scroll" tabindex="0"><table>{head}<tbody>{rows}</tbody></table></div>'
+        cells = [f"{value:.4g}" if np.isfinite(value) else "—" for value in values]
+        rows.append([escape(str(name)), *cells])
+    heads = [escape(run.name) for run in runs] if len(runs) > 1 else ["Value"]
+    return table(["Figure", *heads], rows, "What was learned")
 
 
 def _lines(runs: Sequence[Run]) -> str:

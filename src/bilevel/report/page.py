@@ -2,13 +2,14 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from bilevel.report.curves import adaptation, chance, end_of, key, training
+from bilevel.report.html import document, section, table
 from bilevel.report.learned import learned
 from bilevel.report.numbers import count, duration, figure_name, measure
 from bilevel.report.pictures import examples
@@ -17,46 +18,28 @@ from bilevel.report.runs import Curve, Run, number
 from bilevel.report.style import CSS
 
 TASKS_ALONE, TASKS_COMPARED = 4, 2
-# The browser itself then refuses anything the page might ask of a network.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render(runs: Sequence[Run]) -> str:
     """The whole HTML document about these runs."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     sections = [
-        _section("Result", _result(runs), _intervals(runs)),
-        _section("Adaptation", adaptation(runs), "Query figures on unseen tasks after each "
+        section("Result", _result(runs), _intervals(runs)),
+        section("Adaptation", adaptation(runs), "Query figures on unseen tasks after each "
                  "adaptation step, with 95 % confidence intervals over tasks."),
-        _section("Learned", learned(runs), "What the meta-parameters themselves say."),
-        _section("Shots", shots(runs), "The same learner with other numbers of support examples a class."),
-        _section("Calibration", calibration(runs), "Whether an answer given with 80 % confidence is "
+        section("Learned", learned(runs), "What the meta-parameters themselves say."),
+        section("Shots", shots(runs), "The same learner with other numbers of support examples a class."),
+        section("Calibration", calibration(runs), "Whether an answer given with 80 % confidence is "
                  "right in 80 % of the cases, over all query examples."),
-        _section("Meta-overfitting", overfitting(runs), "How much worse unseen classes are than seen "
+        section("Meta-overfitting", overfitting(runs), "How much worse unseen classes are than seen "
                  "ones, and whether the start is made for a few steps only."),
-        _section("Meta-training", training(runs), "Means over each logged stretch of outer "
+        section("Meta-training", training(runs), "Means over each logged stretch of outer "
                  "steps; bands are 95 % confidence intervals."),
-        _section("Example tasks", _examples(runs), ""),
-        _section("Configuration", _config(runs), ""),
-        _section("Repeat", _repeat(runs), ""),
+        section("Example tasks", _examples(runs), ""),
+        section("Configuration", _config(runs), ""),
+        section("Repeat", _repeat(runs), ""),
     ]  # fmt: skip
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)} · bilevel report</title>\n<style>{CSS}</style>\n</head>\n"
-        f"<body>\n{_header(runs, title)}\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, body: str, lead: str) -> str:
-    if not body:
-        return ""
-    lead = f'<p class="lead">{lead}</p>' if lead else ""
-    return f"<section>\n<h2>{title}</h2>{lead}\n{body}\n</section>"
+    return document(title, CSS, _header(runs, title), sections)
 
 
 def _header(runs: Sequence[Run], title: str) -> str:
@@ -140,7 +123,7 @@ def _result_alone(run: Run, name: str) -> str:
                      f"{end_of(scratch, name)} {_after(scratch)}"])  # fmt: skip
     rows.append(["<strong>Meta-learned</strong>", end_of(meta, name, 0),
                  f"<strong>{end_of(meta, name)}</strong> {_after(meta)}"])  # fmt: skip
-    table = _table(["Start", "Before adaptation", "After"], rows, "Result")
+    figures = table(["Start", "Before adaptation", "After"], rows, "Result")
     protocol = run.evaluation.get("protocol")
     terms = [("Protocol", escape(str(protocol)) if protocol is not None else "—"),
              ("Tasks", _tasks(run))]  # fmt: skip
@@ -156,7 +139,7 @@ def _result_alone(run: Run, name: str) -> str:
         f'<p class="hero"><b>{value}</b>{half}<small>{escape(figure_name(name))} after {steps} '
         f"adaptation step{'' if steps == 1 else 's'}</small></p>"
     )
-    return f'{hero}<div class="alone">{table}</div><dl class="terms">{listed}</dl>'
+    return f'{hero}<div class="alone">{figures}</div><dl class="terms">{listed}</dl>'
 
 
 def _result_compared(runs: Sequence[Run], name: str) -> str:
@@ -175,20 +158,7 @@ def _result_compared(runs: Sequence[Run], name: str) -> str:
             escape(str(protocol)) if protocol is not None else "—",
         ])  # fmt: skip
     head = ["Run", "After", "Before", "From scratch", "Chance", "Steps", "Tasks", "Protocol"]
-    return f'<div class="compared">{_table(head, rows, "Result of each run")}</div>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str) -> str:
-    """A table in a box of its own that scrolls sideways on a phone. Cells are HTML already."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
-        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return f'<div class="compared">{table(head, rows, "Result of each run")}</div>'
 
 
 def _examples(runs: Sequence[Run]) -> str:
@@ -216,20 +186,20 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 def _config(runs: Sequence[Run]) -> str:
     if not any(run.config for run in runs):
         return ""
-    tables: list[dict[str, str]] = []
+    configs: list[dict[str, str]] = []
     for run in runs:
         top = {name: run.config[name] for name in ("recipe", "version", "jax") if name in run.config}
-        tables.append({**_flat(top), **_flat(run.config.get("fields"))})
+        configs.append({**_flat(top), **_flat(run.config.get("fields"))})
     rows = []
-    for field in dict.fromkeys(field for table in tables for field in table):
-        cells = [table.get(field, "—") for table in tables]
+    for field in dict.fromkeys(field for config in configs for field in config):
+        cells = [config.get(field, "—") for config in configs]
         differ = len(set(cells)) > 1
         mark = ' <span class="differs" title="differs between the runs">≠</span>' if differ else ""
         name = {"version": "bilevel version", "jax": "jax version"}.get(field, field)
         shown = [f"<strong>{escape(cell)}</strong>" if differ else escape(cell) for cell in cells]
         rows.append([f"{escape(name)}{mark}", *shown])
     heads = [escape(run.name) for run in runs] if len(runs) > 1 else ["Value"]
-    return f'<div class="config">{_table(["Field", *heads], rows, "Configuration")}</div>'
+    return f'<div class="config">{table(["Field", *heads], rows, "Configuration")}</div>'
 
 
 def _repeat(runs: Sequence[Run]) -> str:

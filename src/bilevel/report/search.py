@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from bilevel.report.html import section, table
 from bilevel.report.numbers import count, duration, figure_name, measure
 from bilevel.report.search_data import Search, SearchTrial
 from bilevel.report.search_parallel import parallel
-from bilevel.report.search_parts import commands, document, section, table
+from bilevel.report.search_parts import commands, document
 from bilevel.report.search_plots import bars, front, history, pruned_and_finished
 
 _MOST_ROWS = 2000

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from bilevel.report.curves import legend, panel
+from bilevel.report.html import section, table
 from bilevel.report.numbers import count, figure_name, is_percent, measure
 from bilevel.report.plots import Frame, Line
 from bilevel.report.runs import Note
 from bilevel.report.search_data import Objective
-from bilevel.report.search_parts import commands, document, section, table
+from bilevel.report.search_parts import commands, document
 
 _MOST_PANELS = 8
 _MOST_ROUNDS = 60  # above this a lineage is a blot

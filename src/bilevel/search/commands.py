@@ -4,9 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shlex
-import signal
 import sys
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +16,11 @@ from optuna.exceptions import StorageInternalError
 
 from bilevel.recipes.config import find_recipe, first_difference, to_fields
 from bilevel.search.display import summary, watching
-from bilevel.search.flags import parse, split_space, value_of
+from bilevel.search.flags import absolute, parse, split_space, value_of
 from bilevel.search.local import Launcher, LocalLauncher
 from bilevel.search.locks import try_lock
 from bilevel.search.promote import choose_trial, promote
+from bilevel.search.signals import terminable
 from bilevel.search.space import parse_space
 from bilevel.search.spec import (
     FILE,
@@ -128,7 +127,7 @@ def _again(name: str, folder: Path, flags: Flags) -> str:
 def _parse(name: str, saved: Search | None, folder: Path, words: list[str]) -> Any:
     """All flags: the recipe's fields, validation, the search's, and where it is kept."""
     cls = find_recipe(name)
-    if saved is not None and saved.recipe != _absolute(name):
+    if saved is not None and saved.recipe != absolute(name):
         raise ValueError(f"{folder} holds a search of {saved.recipe}, not of {name}; take another --folder")
     own = {f.name for f in dataclasses.fields(Flags)} | {"folder", "resume", "validation", "space"}
     if clash := sorted(own & {f.name for f in dataclasses.fields(cls)}):
@@ -191,7 +190,7 @@ def _make(name: str, parsed: Any, specs: dict[str, str], saved: Search | None) -
     if least > steps:
         raise ValueError(f"--min-steps {least} is more than the {steps} outer steps of a trial")
     search = Search(
-        recipe=_absolute(name),
+        recipe=absolute(name),
         fields=to_fields(recipe),
         space=specs or base.get("space", {}),
         objectives=tuple(objectives),
@@ -256,12 +255,6 @@ def _location(storage: str, folder: Path) -> str:
     return storage
 
 
-def _absolute(name: str) -> str:
-    """A recipe's name, the same from every working folder."""
-    file, colon, attribute = name.rpartition(":")
-    return f"{Path(file).resolve()}:{attribute}" if colon else name
-
-
 def _identity(search: Search) -> dict[str, Any]:
     """What may not change when a search is resumed."""
     fields = json.loads(json.dumps(dataclasses.asdict(search)))
@@ -321,7 +314,7 @@ def _run(search: Search, folder: Path, flags: Flags, again: str) -> int:
         out = sys.stdout  # a worker inside this process sends what it prints elsewhere
         with (
             watching(search, lambda text: print(text, file=out, flush=True)),
-            _terminable(),
+            terminable(),
             contextlib.suppress(KeyboardInterrupt),  # what is unfinished is counted below
             _storage_in_words(search, again),
         ):
@@ -356,19 +349,6 @@ def _storage_in_words(search: Search, again: str) -> Iterator[None]:
     except StorageInternalError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConnectionError(f"{search.storage} fails: {reason}; when it works again: {again}") from error
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Answer SIGTERM as Ctrl-C is answered."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -86,3 +87,9 @@ def to_flags(recipe: Any, default: Any, prefix: str = "--") -> list[str]:
                 several = value if isinstance(value, tuple | list) else (value,)
                 words += [prefix + name, *map(str, several)]
     return words
+
+
+def absolute(name: str) -> str:
+    """A recipe's name, the same from every working folder."""
+    file, colon, attribute = name.rpartition(":")
+    return f"{Path(file).resolve()}:{attribute}" if colon else name

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import shlex
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bilevel.recipes.config import find_recipe, first_difference, to_fields
-from bilevel.search.flags import parse, split_space, value_of
+from bilevel.search.flags import absolute, parse, split_space, value_of
 from bilevel.search.local import LocalLauncher
 from bilevel.search.locks import try_lock
 from bilevel.search.population_member import VALIDATION, member_folder
@@ -31,6 +30,7 @@ from bilevel.search.population_spec import (
     write_population,
 )
 from bilevel.search.ray_workers import RayLauncher
+from bilevel.search.signals import terminable
 
 _USAGE = """\
 usage: bilevel search RECIPE --method pbt --space.FIELD SPEC [--space.FIELD SPEC ...] [flags]
@@ -116,7 +116,7 @@ def _without_method(words: list[str]) -> list[str]:
 def _parse(name: str, saved: Population | None, folder: Path, words: list[str]) -> Any:
     """All flags: the recipe's fields, the population's, and where it is kept."""
     cls = find_recipe(name)
-    if saved is not None and saved.recipe != _absolute(name):
+    if saved is not None and saved.recipe != absolute(name):
         raise ValueError(
             f"{folder} holds a population of {saved.recipe}, not of {name}; take another --folder"
         )
@@ -157,7 +157,7 @@ def _make(
     objective = given("objective", "query_loss")
     direction = flags.direction or (base.get("direction") if flags.objective is None else None)
     return Population(
-        recipe=_absolute(name),
+        recipe=absolute(name),
         fields=to_fields(recipe),
         # In the old order where it is the same: the lineage is written in it.
         space=base["space"] if base and specs in ({}, base["space"]) else specs,
@@ -188,12 +188,6 @@ def _direction(objective: str) -> str:
     raise ValueError(f"is {objective} to be small or large? add --direction minimize or maximize")
 
 
-def _absolute(name: str) -> str:
-    """A recipe's name, the same from every working folder."""
-    file, colon, attribute = name.rpartition(":")
-    return f"{Path(file).resolve()}:{attribute}" if colon else name
-
-
 def _check_folder(folder: Path, population: Population, saved: Population | None) -> None:
     """Refuse a folder that this population may not write to."""
     if saved is not None:
@@ -222,7 +216,7 @@ def _run(population: Population, folder: Path, flags: PopulationFlags, again: st
             f"{flags.workers} at once, in {folder}",
             flush=True,
         )
-        with _watching(folder, population), _terminable(), contextlib.suppress(KeyboardInterrupt):
+        with _watching(folder, population), terminable(), contextlib.suppress(KeyboardInterrupt):
             launcher.run(folder, flags.workers)
     found = outcome(folder)
     if found.error:
@@ -285,16 +279,3 @@ def said(population: Population, rows: list[dict[str, Any]]) -> str:
         *([", ".join(f"{row['member']} copied {row['copied_from']}" for row in copied)] if copied else []),
     ]
     return "; ".join(parts)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Answer SIGTERM as Ctrl-C is answered."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

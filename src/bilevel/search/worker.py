@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bilevel.search.locks import locked, try_lock
 from bilevel.search.population import train_population
 from bilevel.search.population_spec import is_population
+from bilevel.search.signals import signalled
 from bilevel.search.spec import Search, read_search
 from bilevel.search.study import Book, open_book
 from bilevel.search.trial import run_trial
@@ -63,12 +64,12 @@ def work(folder: Path, index: int) -> None:
     """
     folder = Path(folder).resolve()
     if is_population(folder):
-        with _output_to(log_path(folder, index)), _signalled() as asked:
+        with _output_to(log_path(folder, index)), signalled() as asked:
             train_population(folder, asked)
         return
     search = read_search(folder)
     space, count = search.build_space(), 0
-    with _output_to(log_path(folder, index)), _signalled() as asked:
+    with _output_to(log_path(folder, index)), signalled() as asked:
         book = open_book(search)
         while not asked() and not book.study.user_attrs.get(STOPPED):
             claim = claim_trial(book, search, folder)
@@ -194,45 +195,6 @@ def _output_to(path: Path) -> Iterator[None]:
         contextlib.redirect_stderr(log),
     ):
         yield
-
-
-@contextmanager
-def _signalled() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C has come; a second one acts as usual.
-
-    The first is only noted: raised in the middle of a library or of a write to the storage it could come out
-    as anything, or leave half of something. `bl.train` answers signals by itself, and in its last chunk ends
-    as if none had come; so the bytes are read that Python writes for each signal.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    read, write = os.pipe()
-    os.set_blocking(read, False)
-    os.set_blocking(write, False)
-    previous_fd = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    previous, came = {}, False
-
-    def note(number, frame):
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    def asked() -> bool:
-        nonlocal came
-        with contextlib.suppress(BlockingIOError):
-            came = came or bool({signal.SIGINT, signal.SIGTERM} & set(os.read(read, 4096)))
-        return came
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(previous_fd)
-        os.close(read)
-        os.close(write)
 
 
 def _end_with(parent: int) -> None:
