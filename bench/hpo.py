@@ -392,7 +392,7 @@ def layer_decay() -> Problem:
 
 
 def augmentation_strength() -> Problem:
-    recipe = AugmentationStrength(learning_rate=0.25, num_steps=200, batch_size=32)
+    recipe = AugmentationStrength(learning_rate=0.06, num_steps=200, batch_size=32)
     start = np.full(7, math.log(recipe.strength))
     bounds = (math.log(0.003), math.log(0.6))
     return Problem(
