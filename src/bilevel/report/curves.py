@@ -9,7 +9,7 @@ from bilevel.report.numbers import count, figure_name, is_percent, measure
 from bilevel.report.plots import MAX_POINTS, SERIES, Frame, Line, draw, swatch
 from bilevel.report.runs import Curve, Run, number
 
-MAX_PANELS = 6
+MAX_PANELS = 12
 
 
 def chance(run: Run, name: str) -> float:
