@@ -46,6 +46,7 @@ from bilevel.tasks.mnist import mnist
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,8 @@ def draw(pictures: dict[str, dict[str, tuple[Trace, list]]], folder: Path) -> No
         axis.set(title=title, xlabel="work: gradients of the inner loss", ylabel="validation loss")
         axis.set(xscale="log", yscale="log")
         axis.yaxis.set_major_formatter("{x:.3g}")
-        axis.yaxis.set_minor_formatter("{x:.3g}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6, which="both")
         axis.legend(frameon=False, fontsize=8)
