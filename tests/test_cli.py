@@ -202,3 +202,13 @@ def test_a_recipe_that_has_got_a_field_since_goes_on(tmp_path, capsys):
     assert "depth is 1 there and 2 here" in fails(
         capsys, "train", name, "--folder", run, "--resume", "--depth", 2
     )
+
+
+def test_searches_and_populations_are_told_apart(tmp_path, capsys):
+    (tmp_path / "search.json").write_text("{}")
+    assert main(["search", "maml-sinusoid", "--method", "grid"]) == 2
+    assert "--method is pbt, a population, or left out for a search; got grid" in capsys.readouterr().err
+    assert main(["search", "maml-sinusoid", "--method", "pbt"]) == 2
+    assert "--space." in capsys.readouterr().err  # nothing is searched: how it is said
+    assert main(["report", str(tmp_path), str(tmp_path)]) == 2
+    assert "is a search: a page is about one search, or about runs" in capsys.readouterr().err
