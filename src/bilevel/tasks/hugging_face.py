@@ -22,7 +22,7 @@ def from_disk(folder: Path) -> Any:
         ValueError: when the folder is damaged.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  (no extra brings it)
     except ImportError as error:
         raise ImportError(f"{folder} is a Hugging Face data set: pip install datasets") from error
     try:
