@@ -15,8 +15,8 @@ from bilevel.report.search import render_search
 from bilevel.report.search_data import Objective, Search, SearchTrial
 from bilevel.report.search_population import PopulationStory, Stage, render_population
 from bilevel.search import spec
-from bilevel.search.population_spec import LINEAGE, Population, write_population
-from bilevel.search.report import is_search, read_study, search_report
+from bilevel.search.population_spec import LINEAGE, Population, is_search, write_population
+from bilevel.search.report import read_study, search_report
 from bilevel.search.study import create_study
 
 

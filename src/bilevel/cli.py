@@ -26,6 +26,7 @@ from bilevel.recipes.run import (
 )
 from bilevel.recipes.summary import summary
 from bilevel.search.flags import parse, value_of
+from bilevel.search.population_spec import is_search
 from bilevel.sharding import make_devices
 from bilevel.tasks.convert import Dataset, Layout, convert
 from bilevel.tasks.pictures import Fit
@@ -287,7 +288,7 @@ def _report(words: list[str]) -> int:
     from bilevel.report import write_report  # matplotlib takes a second to import
 
     parsed = parse("bilevel report", _Report, words, "Write one self-contained HTML page.")
-    searches = [folder for folder in parsed.runs if _is_search(folder)]
+    searches = [folder for folder in parsed.runs if is_search(folder)]
     if not searches:
         print(write_report(parsed.runs, parsed.out))
         return 0
@@ -298,10 +299,6 @@ def _report(words: list[str]) -> int:
 
     print(search_report(searches[0], parsed.out or searches[0] / "report.html"))
     return 0
-
-
-def _is_search(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("search.json", "population.json"))
 
 
 def _search(words: list[str]) -> int:

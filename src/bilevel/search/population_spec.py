@@ -11,6 +11,7 @@ import jax
 
 from bilevel.recipes.config import find_recipe, from_fields
 from bilevel.recipes.run import first_state, write_text
+from bilevel.search import spec
 from bilevel.search.population_member import member_folder, read_member
 from bilevel.search.population_rules import Rules, ranking
 from bilevel.search.space import Choices, Space, apply_values, parse_space
@@ -107,6 +108,11 @@ class Population:
 def is_population(folder: Path) -> bool:
     """Whether a search folder holds a population."""
     return (Path(folder) / FILE).is_file()
+
+
+def is_search(folder: Path) -> bool:
+    """Whether a folder holds a search or a population."""
+    return (Path(folder) / spec.FILE).is_file() or is_population(folder)
 
 
 def write_population(folder: Path, population: Population) -> None:

@@ -30,11 +30,6 @@ _OUTCOMES: dict[TrialState, Outcome] = {
 _DEFAULT = "report.html"
 
 
-def is_search(folder: Path) -> bool:
-    """Whether a folder holds a search or a population."""
-    return (Path(folder) / spec.FILE).is_file() or is_population(folder)
-
-
 def search_report(folder: Path, output: Path | None = None) -> Path:
     """Write one self-contained HTML page about a search or a population.
 

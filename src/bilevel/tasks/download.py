@@ -13,6 +13,12 @@ from pathlib import Path
 _CHUNK = 1 << 18
 
 
+def places() -> list[Path]:
+    """The folders where data is looked for: the environment variable BILEVEL_DATA, then the cache."""
+    named = [Path(os.environ["BILEVEL_DATA"])] if os.environ.get("BILEVEL_DATA") else []
+    return [*named, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bilevel"]
+
+
 def download(url: str, path: Path, sha256: str) -> None:
     """Download `url` to `path`, which appears only when it is complete and has the right hash.
 

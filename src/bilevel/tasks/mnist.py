@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel.tasks.download import download as fetch
-from bilevel.tasks.download import temporary_beside
+from bilevel.tasks.download import places, temporary_beside
 
 URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"  # the authors' own page sends the files no more
 PACKED = "mnist.npz"
@@ -75,8 +75,7 @@ def mnist(data: str | os.PathLike | None = None, download: bool = False) -> Mnis
                 f"no MNIST in folder {path}: expected {PACKED}, or the four files {', '.join(ARCHIVES)}"
             )
         return found
-    folders = [Path(os.environ["BILEVEL_DATA"])] if os.environ.get("BILEVEL_DATA") else []
-    folders.append(_cache_folder())
+    folders = places()
     for folder in folders:
         found = _read_folder(folder)
         if found is not None:
@@ -87,10 +86,6 @@ def mnist(data: str | os.PathLike | None = None, download: bool = False) -> Mnis
         f"no MNIST in {' or '.join(map(str, folders))}: pass download=True (--download) to get it "
         f"(12 MB), or data= (--data), or set BILEVEL_DATA to a folder with {PACKED}"
     )
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bilevel"
 
 
 def _read_folder(folder: Path) -> Mnist | None:

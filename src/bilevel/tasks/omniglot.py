@@ -8,6 +8,7 @@ import numpy as np
 
 from bilevel.tasks import omniglot_archive as archive
 from bilevel.tasks.download import download as fetch
+from bilevel.tasks.download import places
 from bilevel.tasks.few_shot import FewShot
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python/"
@@ -107,8 +108,7 @@ def _find(data: str | os.PathLike | None, download: bool) -> archive.Drawings:
                 f"no Omniglot in folder {path}: expected {archive.PACKED}, or {OFFICIAL[0]} and {OFFICIAL[1]}"
             )
         return drawings
-    folders = [Path(os.environ["BILEVEL_DATA"])] if os.environ.get("BILEVEL_DATA") else []
-    folders.append(_cache_folder())
+    folders = places()
     for folder in folders:
         drawings = _read_folder(folder)
         if drawings is not None:
@@ -119,10 +119,6 @@ def _find(data: str | os.PathLike | None, download: bool) -> archive.Drawings:
         f"no Omniglot in {' or '.join(map(str, folders))}: pass download=True (--download) to get it "
         f"(16 MB), or data=, or set BILEVEL_DATA to a folder with {archive.PACKED}"
     )
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bilevel"
 
 
 def _read_folder(folder: Path) -> archive.Drawings | None:
