@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel.hypergrad.single_loop.threefry import random_words
 from bilevel.problem import Batch, Key, Task
 
 SERIES = 0x5E41  # the terms of a linear solve are a stream of their own as well
@@ -51,7 +52,7 @@ def row_numbers(task: Task, batch_size: int | None, key: Key, count: int = 1, qu
     if batch_size is None:
         return Task(None, None)
     # One call for all of them: on small batches a call of the generator costs as much as the products.
-    bits = jax.random.bits(jax.random.fold_in(key, _ROWS), (count + query_count, batch_size), jnp.uint32)
+    bits = random_words(key, _ROWS, (count + query_count, batch_size))
 
     def below(bits, batch, part):
         rows = num_rows(batch, batch_size, part)
@@ -119,7 +120,7 @@ def batch_numbers(counts: tuple[int, ...], key: Key) -> tuple[jax.Array, ...]:
     >>> [int(number) for number in batch_numbers((1, 1), jax.random.key(0))]
     [0, 0]
     """
-    bits = jax.random.bits(jax.random.fold_in(key, _ROWS), (len(counts),), jnp.uint32)
+    bits = random_words(key, _ROWS, (len(counts),))
     return tuple((bits[i] % jnp.uint32(n)).astype(jnp.int32) for i, n in enumerate(counts))
 
 
