@@ -12,8 +12,8 @@ _PARITY = 0x1BD11BDA
 def random_words(key: Key, stream: int, shape: tuple[int, ...]) -> jax.Array:
     """`jax.random.bits(jax.random.fold_in(key, stream), shape)`, uint32, to the bit.
 
-    JAX compiles the 20 rounds of Threefry into a loop on a CPU, which costs more than a step on a minibatch of
-    16 rows. Written out they are one pass over the words.
+    On a CPU JAX compiles the 20 rounds of Threefry into a loop, which costs more than a step on 16 rows.
+    Written out they are one pass over the words.
 
     Args:
         key: of any generator; one that is not Threefry is asked as ever.
