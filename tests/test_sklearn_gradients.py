@@ -57,7 +57,7 @@ def ours(estimator, x, y, splits, weights, theta, hypergradient=None, features=T
         splits=splits,
     )
     model = model_of(estimator, folds)
-    padded = pad(folds, features and model.per_feature is not None)
+    padded = pad(folds, features)
     tasks = [model.task(fold, 0) for fold in padded]
     return CrossValidation(model, hypergradient, tasks)(theta)
 

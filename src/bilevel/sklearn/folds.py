@@ -30,12 +30,13 @@ class Fold(NamedTuple):
     """What a model is fitted on, and what judges it.
 
     Args:
-        size: the rows of the support without padding.
+        size, width: the rows of the support and the features, without padding.
     """
 
     support: Part
     query: Part
     size: int
+    width: int
 
 
 def targets(y: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
@@ -87,13 +88,9 @@ def make_folds(
         if classes is not None:
             _require_classes(number, classes, y[support][weights > 0])
             weights = weights * _of_classes(class_weight, classes, y[support], weights)
-        found.append(
-            Fold(
-                Part(_floats(a), code[support], weights),
-                Part(_floats(b), code[query], np.asarray(sample_weight[query], np.float64)),
-                len(support),
-            )
-        )
+        fitted = Part(_floats(a), code[support], weights)
+        judged = Part(_floats(b), code[query], np.asarray(sample_weight[query], np.float64))
+        found.append(Fold(fitted, judged, *fitted.x.shape))
     widths = {fold.support.x.shape[1] for fold in found}
     if len(widths) > 1:
         raise ValueError(
@@ -113,25 +110,29 @@ def pad(folds: Sequence[Fold], features: bool) -> list[Fold]:
         features: round their number up too, with features that are zero throughout.
 
     >>> part = lambda n: Part(np.ones((n, 2)), np.ones((n, 1)), np.ones(n))
-    >>> longer, shorter = pad([Fold(part(3), part(1), 3), Fold(part(2), part(2), 2)], features=True)
+    >>> longer, shorter = pad([Fold(part(3), part(1), 3, 2), Fold(part(2), part(2), 2, 2)], features=True)
     >>> shorter.support.x.shape, shorter.support.w.sum(), longer.query.w.sum()
     ((64, 16), np.float64(2.0), np.float64(1.0))
     """
-    rows = _rounded(max(len(fold.support.w) for fold in folds), 64)
-    query_rows = _rounded(max(len(fold.query.w) for fold in folds), 64)
+    rows = rounded(max(len(fold.support.w) for fold in folds), 64)
+    query_rows = rounded(max(len(fold.query.w) for fold in folds), 64)
     width = folds[0].support.x.shape[1]
-    wider = _rounded(width, 16) - width if features else 0
+    wider = rounded(width, 16) - width if features else 0
 
     def longer(part: Part, rows: int) -> Part:
         more = rows - len(part.w)
         x = np.pad(part.x, [(0, more), (0, wider)])
         return Part(x, np.pad(part.y, [(0, more), (0, 0)]), np.pad(part.w, (0, more)))
 
-    return [Fold(longer(f.support, rows), longer(f.query, query_rows), f.size) for f in folds]
+    return [Fold(longer(f.support, rows), longer(f.query, query_rows), f.size, f.width) for f in folds]
 
 
-def _rounded(count: int, least: int) -> int:
-    """Up to a multiple of `least` or of about an eighth of it, whichever is more."""
+def rounded(count: int, least: int) -> int:
+    """Up to a multiple of `least` or of about an eighth of it, whichever is more.
+
+    >>> rounded(65, 64), rounded(1000, 64)
+    (128, 1024)
+    """
     step = max(least, 2 ** (count.bit_length() - 4) if count >= 16 else 1)
     return -(-count // step) * step
 

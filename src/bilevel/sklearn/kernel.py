@@ -57,7 +57,7 @@ class KernelRidgeModel:
 
     def task(self, fold: Fold, seed: int) -> Task:
         """A row of padding has root weight 0: its dual coefficient is 0."""
-        (x, y, w), query, _ = fold
+        (x, y, w), query, *_ = fold
         root = np.sqrt(w)
         mean = (w @ x) / w.sum()  # distances do not change, their rounding errors do
         return Task((x - mean, root[:, None] * y, root), (query.x - mean, query.y, query.w, x - mean, root))

@@ -46,7 +46,7 @@ class RidgeModel:
 
     def task(self, fold: Fold, seed: int) -> Task:
         """Centred, and weighted so that the mean over rows of `bl.inner.Ridge` is the sum of scikit-learn."""
-        (x, y, w), (x_query, y_query, w_query), _ = fold
+        (x, y, w), (x_query, y_query, w_query), *_ = fold
         mean, _ = center(fold.support, self.fit_intercept)
         level = (w @ y) / w.sum() if self.fit_intercept else np.zeros(y.shape[1])
         root = np.sqrt(len(w) * w)[:, None]
@@ -115,7 +115,7 @@ class LogisticModel:
 
     def task(self, fold: Fold, seed: int) -> Task:
         """Standardized by the support."""
-        (x, y, w), (x_query, y_query, w_query), _ = fold
+        (x, y, w), (x_query, y_query, w_query), *_ = fold
         mean, scale = center(fold.support, self.fit_intercept, scale=True)
         shrink = 1 / (w.sum() * scale**2)
         start = {"w": np.zeros((x.shape[1], y.shape[1]))}

@@ -146,12 +146,14 @@ class MlpModel:
 
     def task(self, fold: Fold, seed: int) -> Task:
         """Draws what scikit-learn draws, in its order."""
-        (x, y, w), query, count = fold
+        (x, y, w), query, count, width = fold
         rng = check_random_state(seed)
-        sizes, start = [x.shape[1], *self.hidden, y.shape[1]], []
+        sizes, start = [width, *self.hidden, y.shape[1]], []
         for ins, outs in pairwise(sizes):
             bound = np.sqrt((2.0 if self.activation == "logistic" else 6.0) / (ins + outs))
             start.append((rng.uniform(-bound, bound, (ins, outs)), rng.uniform(-bound, bound, outs)))
+        # The weights of a feature of padding, zero throughout, are zero and stay so: nothing pulls at them.
+        start[0] = (np.pad(start[0][0], [(0, x.shape[1] - width), (0, 0)]), start[0][1])
         return Task(Rows(x, y, w, self._order(rng, count), tuple(start)), query)
 
     def _order(self, rng, count: int) -> np.ndarray:

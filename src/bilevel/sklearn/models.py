@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from bilevel.problem import Estimator, Learner, Task
-from bilevel.sklearn.folds import Fold
+from bilevel.sklearn.folds import Fold, rounded
 from bilevel.sklearn.kernel import KernelRidgeModel
 from bilevel.sklearn.linear import LogisticModel, RidgeModel
 from bilevel.sklearn.mlp import ACTIVATIONS, MlpModel
@@ -149,7 +149,8 @@ def model_of(estimator: Any, folds: Sequence[Fold]) -> Model:
         moments=(estimator.beta_1, estimator.beta_2, estimator.epsilon)
         if adam
         else (estimator.momentum, float(estimator.nesterovs_momentum), 0.0),
-        batch_size=min(most, max(fold.size for fold in folds)),
+        # Rounded up where it is the fold that ends it: one compilation for data sets of about one size.
+        batch_size=min(most, rounded(max(fold.size for fold in folds), 64)),
         shuffle=bool(estimator.shuffle),
         max_iter=int(estimator.max_iter),
         num_steps=estimator.max_iter * max(batches),

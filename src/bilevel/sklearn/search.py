@@ -213,7 +213,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
             )
         own = getattr(model, "random_state", None)
         seed = int(own) if isinstance(own, int | np.integer) else rng.randint(2**31 - 1)
-        padded = pad(folds, features=not self.per_feature and twin.per_feature is not None)
+        padded = pad(folds, features=not self.per_feature)
         return CrossValidation(twin, self.hypergradient, [twin.task(fold, seed) for fold in padded])
 
     def _search(self, objective, space: Space, model, num_features: int, rng) -> bool:
