@@ -9,14 +9,17 @@ trial. The other way is `bilevel search --warm-start`: TPE draws the choices, th
 for a few outer steps in each trial, from where the nearest trial ended. Work is counted in gradients of the
 inner loss, as in bench/hpo.py. Both keep the trial whose validation loss was least; its validation loss and
 test accuracy are measured apart on fresh random starts, the same for both, and counted nowhere.
-Prints Markdown tables, draws docs/both_at_once.png.
+Prints Markdown tables, keeps the curves in docs/results/both_at_once.json, a line a problem, and draws
+docs/both_at_once.png of all that are kept: with --only the others stay as they were.
 
     BILEVEL_DATA=folder/of/mnist.npz python bench/both_at_once.py [--quick] [--only digits] [--folder docs]
+    python bench/both_at_once.py --draw      # the picture again, from what is kept
 """
 
 import argparse
 import contextlib
 import io
+import json
 import math
 import tempfile
 import time
@@ -267,13 +270,32 @@ def compare(title: str, problem: Problem, quick: bool, seed: int) -> dict[str, t
     return measured
 
 
-def draw(pictures: dict[str, dict[str, tuple[Trace, list]]], folder: Path) -> None:
+def keep(title: str, measured: dict[str, tuple[Trace, list]], path: Path) -> None:
+    """What the picture shows of one problem, in place of what was kept of it."""
+    kept = read(path)
+    kept[title] = {
+        label: {
+            "work": [*(leader.work for leader in trace.leaders), trace.work],
+            "loss": [round(loss, 5) for loss, _ in figures],
+        }
+        for label, (trace, figures) in measured.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in PROBLEMS if name in kept)
+    path.write_text(f"{{\n{lines}\n}}\n")
+
+
+def read(path: Path) -> dict[str, dict[str, dict[str, list]]]:
+    """By problem and by search: the work when each leader was found and at the end, its measured loss."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def draw(kept: dict[str, dict[str, dict[str, list]]], folder: Path) -> None:
     """Validation loss of the best trial so far against work."""
-    figure, axes = plt.subplots(1, len(pictures), figsize=(5.5 * len(pictures), 4.2), squeeze=False)
-    for axis, (title, measured) in zip(axes[0], pictures.items(), strict=True):
-        for (label, (trace, figures)), ink in zip(measured.items(), [*BLACK[:2], INKS[0]], strict=True):
-            at = [*(leader.work for leader in trace.leaders), trace.work]
-            losses = [*(loss for loss, _ in figures), figures[-1][0]]
+    figure, axes = plt.subplots(1, len(kept), figsize=(5.5 * len(kept), 4.2), squeeze=False)
+    for axis, (title, searches) in zip(axes[0], kept.items(), strict=True):
+        for (label, curve), ink in zip(searches.items(), [*BLACK[:2], INKS[0]], strict=True):
+            at, losses = curve["work"], [*curve["loss"], curve["loss"][-1]]
             axis.step(at, losses, ink[1], where="post", color=ink[0], label=label, lw=1.8)
             axis.plot(at[:-1], losses[:-1], "o", color=ink[0], ms=3.5)
         axis.set(title=title, xlabel="work: gradients of the inner loss", ylabel="validation loss")
@@ -295,15 +317,19 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few trials, to see that it runs")
     parser.add_argument("--only", choices=tuple(PROBLEMS))
+    parser.add_argument("--draw", action="store_true", help="the picture only, from what is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / "docs")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    print(f"Machine: {bench.machine()}")
-    chosen = {name: make() for name, make in PROBLEMS.items() if args.only in (None, name)}
-    pictures = {name: compare(name, problem, args.quick, args.seed) for name, problem in chosen.items()}
-    draw(pictures, args.folder)
+    kept = args.folder / "results" / "both_at_once.json"
+    if not args.draw:
+        print(f"Machine: {bench.machine()}")
+        for name, make in PROBLEMS.items():
+            if args.only in (None, name):
+                keep(name, compare(name, make(), args.quick, args.seed), kept)
+    draw(read(kept), args.folder)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ last quarter is the test part. Grids are logarithmic, of 2ᵏ + 1 points a param
 ways have. Random search draws as many points log-uniformly; its curve is the mean over 200 orders of them.
 A fit is one model on one fold. A hypergradient of the same fold is not counted as a fit; its time is counted.
 Seconds are those of the search alone; of ours a first time, with compilation, and again.
-Prints a Markdown table, draws docs/scikit_learn.png.
+Prints a Markdown table, keeps the curves in docs/results/scikit_learn.json, a line a problem, and draws
+docs/scikit_learn.png of all that are kept: with --only the others stay as they were.
 
     python bench/sklearn_search.py [--quick] [--only digits] [--folder docs]
+    python bench/sklearn_search.py --draw      # the picture again, from what is kept
 """
 
 import argparse
 import itertools
+import json
 import time
 import warnings
 from dataclasses import dataclass
@@ -42,6 +45,9 @@ from matplotlib import pyplot as plt
 
 FOLDS = 5
 KINDS = ("hypergradients", "again", "grid", "random", "each")
+# What is drawn; one value a feature is another problem: its losses fall below 0 % of the best single value.
+INKS = {"hypergradients": "#c2410c", "grid": "#334155", "random": "#94a3b8"}
+EACH = "hypergradients, one a feature"
 
 
 @dataclass(frozen=True)
@@ -157,33 +163,75 @@ def random_curve(losses: np.ndarray, finest: int) -> list[tuple[int, float]]:
     return [(FOLDS * (i + 1), float(loss)) for i, loss in enumerate(best)]
 
 
-def draw(results: dict[str, list[Outcome]], path: Path) -> None:
-    """The share by which the validation loss is above the best with one value for all features."""
+def keep(name: str, outcomes: list[Outcome], path: Path) -> None:
+    """The curves of one problem, in place of what was kept of it."""
+    kept = read(path)
+    kept[name] = {
+        each.way: [[fits, float(f"{loss:.8g}")] for fits, loss in each.curve]
+        for each in outcomes
+        if each.way in (*INKS, EACH)
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(kept[key])}" for key in SETTINGS if key in kept)
+    path.write_text(f"{{\n{lines}\n}}\n")
+
+
+def read(path: Path) -> dict[str, dict[str, list]]:
+    """By problem and way: (fits, least validation loss so far)."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def draw(kept: dict[str, dict[str, list]], path: Path) -> None:
+    """Above: the share by which the validation loss exceeds the best with one value for all features.
+    Below: the same losses as they are, with those of one value a feature."""
     fig, axes = plt.subplots(
-        1, len(results), figsize=(3.3 * len(results), 3.1), squeeze=False, layout="constrained"
+        2, len(kept), figsize=(3.3 * len(kept), 5.6), squeeze=False, layout="constrained"
     )
-    inks = {"hypergradients": "#c2410c", "grid": "#334155", "random": "#94a3b8"}
-    for ax, (name, outcomes) in zip(axes[0], results.items()):
-        drawn = [each for each in outcomes if each.way in inks]
-        best = min(each.loss for each in drawn)
-        for each in drawn:
-            fits, losses = np.transpose(each.curve)
-            ax.plot(
-                fits,
-                100 * np.maximum(losses / best - 1, 1e-6),
-                marker="o",
-                ms=3,
-                color=inks[each.way],
-                label=each.way,
+    for (above, below), (name, curves) in zip(axes.T, kept.items(), strict=True):
+        best = min(loss for way in INKS for _, loss in curves[way])
+        for way, ink in INKS.items():
+            fits, losses = np.transpose(curves[way])
+            share = 100 * np.maximum(losses / best - 1, 1e-6)
+            above.plot(fits, share, marker="o", ms=3, color=ink, label=way)
+            below.plot(fits, losses, marker="o", ms=3, color=ink)
+        fits, losses = np.transpose(curves[EACH])
+        below.plot(fits, losses, "--", color="#c2410c", label="one value a feature")
+        above.set(xscale="log", yscale="log", title=name)
+        above.set_ylim(bottom=5e-5)
+        start, least = curves["hypergradients"][0][1], min(best, losses.min())
+        below.set(xscale="log", xlabel="models fitted")
+        below.set_ylim(least - 0.05 * (start - least), start + 0.1 * (start - least))
+        for axis in (above, below):
+            axis.set_xticks(
+                [5, 10, 20, 50, 100, 200, 400], labels=["5", "10", "20", "50", "100", "200", "400"]
             )
-        ax.set(xscale="log", yscale="log", title=name, xlabel="models fitted")
-        ax.set_ylim(bottom=5e-5)
-        ax.set_xticks([5, 10, 20, 50, 100, 200, 400], labels=["5", "10", "20", "50", "100", "200", "400"])
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
+            axis.minorticks_off()
+            axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("validation loss above the best, %")
+    axes[1, 0].set_ylabel("validation loss")
     axes[0, 0].legend(frameon=False)
+    axes[1, 0].legend(frameon=False)
     fig.savefig(path, dpi=130)
+
+
+def measure(name: str, setting: Setting, quick: bool) -> list[Outcome]:
+    """All ways on one problem, and their rows of the table."""
+    data, finest, found = load(setting), 5 if quick else setting.finest, []
+    if quick:
+        setting = Setting(setting.data, setting.model, setting.bounds, 5, 5)
+    for kind in KINDS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if kind in ("grid", "random"):
+                one = black_box(setting, data, kind, finest)
+            else:
+                one = hypergradients(setting, data, kind == "each", kind == "again")
+        found.append(one)
+        print(
+            f"| {name} | {one.way} | {one.loss:.5g} | {one.test:.5g} | {one.fits} | {one.seconds:.2f} |",
+            flush=True,
+        )
+    return found
 
 
 def main() -> None:
@@ -193,33 +241,18 @@ def main() -> None:
     options.add_argument(
         "--only", nargs="*", default=tuple(SETTINGS), help="settings that contain one of these"
     )
+    options.add_argument("--draw", action="store_true", help="the picture only, from what is kept")
     options.add_argument("--folder", type=Path, default=Path("docs"))
     args = options.parse_args()
-    print(f"Machine: {bench.machine()}\n")
-    print("| problem | way | validation loss | test loss | fits | seconds |")
-    print("|---|---|---|---|---|---|")
-    results: dict[str, list[Outcome]] = {}
-    for name, setting in SETTINGS.items():
-        if not any(part in name for part in args.only):
-            continue
-        data, finest = load(setting), 5 if args.quick else setting.finest
-        if args.quick:
-            setting = Setting(setting.data, setting.model, setting.bounds, 5, 5)
-        for kind in KINDS:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                if kind in ("grid", "random"):
-                    found = black_box(setting, data, kind, finest)
-                else:
-                    found = hypergradients(setting, data, kind == "each", kind == "again")
-            results.setdefault(name, []).append(found)
-            print(
-                f"| {name} | {found.way} | {found.loss:.5g} | {found.test:.5g} | {found.fits} | "
-                f"{found.seconds:.2f} |",
-                flush=True,
-            )
-    args.folder.mkdir(parents=True, exist_ok=True)
-    draw(results, args.folder / "scikit_learn.png")
+    kept = args.folder / "results" / "scikit_learn.json"
+    if not args.draw:
+        print(f"Machine: {bench.machine()}\n")
+        print("| problem | way | validation loss | test loss | fits | seconds |")
+        print("|---|---|---|---|---|---|")
+        for name, setting in SETTINGS.items():
+            if any(part in name for part in args.only):
+                keep(name, measure(name, setting, args.quick), kept)
+    draw(read(kept), args.folder / "scikit_learn.png")
 
 
 if __name__ == "__main__":
