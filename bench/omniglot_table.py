@@ -13,6 +13,7 @@ from pathlib import Path
 
 KEPT = Path(__file__).parent.parent / "docs" / "results" / "omniglot"
 _ROWS = 60
+_SETTINGS = ("5w1s", "5w5s", "20w1s", "20w5s")
 _COLUMNS = ("step", "time", "query_loss", "query_accuracy", "support_loss", "support_accuracy")
 # Finn et al., 2017; Nichol et al., 2018 (transductive); Rajeswaran et al., 2019 (FOMAML too); Li et al.,
 # 2017; Antoniou et al., 2019; Snell et al., 2017; Bertinetto et al., 2019; Raghu et al., 2020 (ANIL).
@@ -63,11 +64,14 @@ def keep(run: Path, name: str, processor_minutes: float | None) -> None:
         writer = csv.DictWriter(file, [c for c in _COLUMNS if c in rows[0]], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(kept)
-    task = config["fields"]["task"]
+    fields = config["fields"]
+    task = fields["task"]
+    train_ways, train_shots = task["train_ways"] or task["ways"], fields.get("train_shots", task["shots"])
     found = {
         "learner": NAMES[next(key for key in sorted(NAMES, key=len, reverse=True) if name.startswith(key))],
         "command": config["command"],
         "setting": f"{task['ways']}w{task['shots']}s",
+        "trained_on": f"{train_ways}w{train_shots}s",
         "protocol": evaluation["protocol"],
         "outer_steps": evaluation["meta_step"],
         "minutes": round(float(rows[-1]["time"]) / 60, 1),
@@ -76,6 +80,7 @@ def keep(run: Path, name: str, processor_minutes: float | None) -> None:
         "num_steps": evaluation["num_steps"],
         "accuracy": _both(evaluation["curves"]),
         "other_tests": {what: _both(curves) for what, curves in evaluation["other_tests"].items()},
+        "other_shots": {shots: _both(curves) for shots, curves in evaluation["shots"].items()},
         "batch_statistics": evaluation["batch_statistics"],
     }
     (KEPT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -89,26 +94,34 @@ def _both(curves: dict) -> dict:
 def table() -> None:
     """Print a row for each setting of each kept run."""
     print(
-        "| learner | setting | ours, % | published, % | outer steps | processor minutes | queries a class |"
+        "| learner | test | ours, % | published, % | trained on | steps | processor minutes | queries a class |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     order = list(PUBLISHED)
     runs = [(path.stem, json.loads(path.read_text())) for path in sorted(KEPT.glob("*.json"))]
     for name, run in sorted(runs, key=lambda pair: (order.index(pair[1]["learner"]), pair[0])):
-        cells = {run["setting"]: run["accuracy"]}
-        for what, accuracy in run["other_tests"].items():
-            if "-way" in what:
-                ways, shots = (part.split("-")[0] for part in what.split())
-                cells[f"{ways}w{shots}s"] = accuracy
-        for setting in sorted(cells, key=["5w1s", "5w5s", "20w1s", "20w5s"].index):
+        cells = _cells(run)
+        for setting in sorted(cells, key=_SETTINGS.index):
             mean, half = (100 * cells[setting][what][-1] for what in ("mean", "ci95"))
             published = PUBLISHED[run["learner"]].get(setting, "none")
             minutes = run["processor_minutes"] or "not measured"
             queries = run["protocol"].split(" a class")[0].rpartition(", ")[2]
             print(
                 f"| [{run['learner']}](omniglot/{name}.json) | {setting} | {mean:.2f} ± {half:.2f} | "
-                f"{published} | {run['outer_steps']} | {minutes} | {queries} |"
+                f"{published} | {run['trained_on']} | {run['outer_steps']} | {minutes} | {queries} |"
             )
+
+
+def _cells(run: dict) -> dict[str, dict]:
+    """Accuracies of a run by setting: the recipe's own, its other tests, other support sizes."""
+    cells = {run["setting"]: run["accuracy"]}
+    ways = run["setting"].split("w")[0]
+    cells |= {f"{ways}w{shots}s": accuracy for shots, accuracy in run.get("other_shots", {}).items()}
+    for what, accuracy in run["other_tests"].items():
+        if "-way" in what:
+            ways, shots = (part.split("-")[0] for part in what.split())
+            cells[f"{ways}w{shots}s"] = accuracy
+    return {setting: cells[setting] for setting in _SETTINGS if setting in cells}
 
 
 def main() -> None:
