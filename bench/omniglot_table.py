@@ -93,9 +93,7 @@ def _both(curves: dict) -> dict:
 
 def table() -> None:
     """Print a row for each setting of each kept run."""
-    print(
-        "| learner | test | ours, % | published, % | trained on | steps | processor minutes | queries a class |"
-    )
+    print("| learner | test | ours, % | published, % | trained on | steps | processor minutes | queries |")
     print("|---|---|---|---|---|---|---|---|")
     order = list(PUBLISHED)
     runs = [(path.stem, json.loads(path.read_text())) for path in sorted(KEPT.glob("*.json"))]
