@@ -54,7 +54,7 @@ class Svm:
     >>> svm = Svm(lambda meta, x: meta * x, num_classes=2, slack=10.0)
     >>> problem = bl.Problem(lambda meta, key: jnp.zeros((1, 2)), svm.loss, lambda *args: 0.0)
     >>> task = bl.Task((jnp.array([[1.0], [-1.0]]), jnp.array([0, 1])), None)
-    >>> found = svm.solve(problem, 1.0, task, jax.random.key(0))
+    >>> found = jax.jit(lambda meta: svm.solve(problem, meta, task, jax.random.key(0)))(1.0)
     >>> print(jnp.round(found.params, 3), found.stats["inner_residual"] < 1e-3)
     [[ 0.333 -0.333]] True
     """

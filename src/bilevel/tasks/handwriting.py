@@ -76,7 +76,7 @@ class Program(NamedTuple):
 def program(class_id: int | jax.Array) -> Program:
     """The program of a character.
 
-    >>> bool((program(7).length[0] > 0).any())
+    >>> bool((jax.jit(program)(7).length[0] > 0).any())
     True
     """
     key = jax.random.fold_in(jax.random.key(_SEED), class_id)

@@ -108,8 +108,9 @@ def relabeled(sample: Sampler, ways: int) -> Sampler:
     Reference: Yin, Tucker, Zhou, Levine, Finn, Meta-learning without memorization, 2020; Rajendran, Irpan,
     Jang, Meta-learning requires meta-augmentation, 2020.
 
-    >>> from bilevel.tasks import Glyphs
-    >>> sorted(relabeled(Glyphs(), 5)(jax.random.key(0)).support[1].tolist())
+    >>> from bilevel.tasks import FewShot
+    >>> sample = FewShot(jnp.ones((10, 4)), jnp.arange(10) % 5, ways=5, shots=1, queries=1)
+    >>> sorted(jax.jit(relabeled(sample, 5))(jax.random.key(0)).support[1].tolist())
     [0, 1, 2, 3, 4]
     """
     _require_ways("relabeled", ways)
@@ -138,8 +139,9 @@ def mislabeled(sample: Sampler, ways: int, probability: float) -> Sampler:
     Raises:
         ValueError, TypeError: when `ways` is below 2, or for a probability that is none.
 
-    >>> from bilevel.tasks import Glyphs
-    >>> (mislabeled(Glyphs(), 5, 1.0)(jax.random.key(0)).support[1] != jnp.arange(5)).tolist()
+    >>> from bilevel.tasks import FewShot
+    >>> sample = FewShot(jnp.ones((10, 4)), jnp.arange(10) % 5, ways=5, shots=1, queries=1)
+    >>> (jax.jit(mislabeled(sample, 5, 1.0))(jax.random.key(0)).support[1] != jnp.arange(5)).tolist()
     [True, True, True, True, True]
     """
     _require_ways("mislabeled", ways)
@@ -195,9 +197,10 @@ def mixed_classes(sample: Sampler, alpha: float = 1.0) -> Sampler:
 
     Reference: Ni, Goldblum, Sharaf, Kong, Goldstein, Data augmentation for meta-learning, 2021.
 
-    >>> from bilevel.tasks import Glyphs
-    >>> mixed_classes(Glyphs())(jax.random.key(0)).query[0].shape
-    (5, 28, 28, 1)
+    >>> from bilevel.tasks import FewShot
+    >>> sample = FewShot(jnp.ones((10, 4)), jnp.arange(10) % 5, ways=5, shots=1, queries=1)
+    >>> jax.jit(mixed_classes(sample))(jax.random.key(0)).query[0].shape
+    (5, 4)
     """
     _require_positive("mixed_classes", "alpha", alpha)
 
@@ -233,8 +236,9 @@ def metamix(sample: Sampler, ways: int, alpha: float = 2.0) -> Sampler:
     Reference: Yao, Huang, Zhang, Wei, Tian, Zou, Huang, Li, Improving generalization in meta-learning via
     task augmentation, 2021 (MetaMix, at the input).
 
-    >>> from bilevel.tasks import Glyphs
-    >>> metamix(Glyphs(), 5)(jax.random.key(0)).query[1].shape
+    >>> from bilevel.tasks import FewShot
+    >>> sample = FewShot(jnp.ones((10, 4)), jnp.arange(10) % 5, ways=5, shots=1, queries=1)
+    >>> jax.jit(metamix(sample, 5))(jax.random.key(0)).query[1].shape
     (5, 5)
     """
     _require_ways("metamix", ways)

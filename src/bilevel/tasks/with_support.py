@@ -44,7 +44,8 @@ def with_support(sample: Sampler) -> Sampler:
 
     >>> import jax
     >>> from bilevel.tasks import Glyphs
-    >>> with_support(Glyphs(ways=2, shots=1, queries=2))(jax.random.key(0)).query[1].tolist()
+    >>> sample = jax.jit(with_support(Glyphs(ways=2, shots=1, queries=2, size=8)))
+    >>> sample(jax.random.key(0)).query[1].tolist()
     [-1, -1, 0, 0, 1, 1]
     """
     if not callable(sample):
