@@ -57,7 +57,7 @@ bench-stochastic: .venv/.installed ## the stochastic bilevel methods, and a plai
 bench-sklearn: .venv/.installed ## the scikit-learn door against grid and random search
 	$(BIN)/python bench/sklearn_search.py
 
-bench-learners: .venv/.installed ## every few-shot learner on glyphs: time of an outer step, accuracy after a minute
+bench-learners: .venv/.installed ## every few-shot learner on glyphs: time of an outer step, accuracy after a minute of processor time
 	$(BIN)/python bench/learners.py
 
 omniglot: .venv/.installed ## MAML on Omniglot, from training to test accuracy
