@@ -13,7 +13,7 @@ from sklearn.feature_selection import SelectKBest, f_regression
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
-from sklearn.neural_network import MLPClassifier
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -28,12 +28,19 @@ CANCER_X = StandardScaler().fit_transform(CANCER_X)
 IRIS_X, IRIS_Y = (a[::3] for a in load_iris(return_X_y=True))
 
 
-# All of scikit-learn's checks, without an exception; kernel ridge and MLPs take the same path through `fit`.
+# Full batches of small networks: few steps, and data sets of about one size are compiled once.
+SMALL = {"hidden_layer_sizes": (8,), "max_iter": 30, "learning_rate_init": 0.1}
+
+
+# All of scikit-learn's checks, without an exception.
 @pytest.mark.filterwarnings("ignore")
 @parametrize_with_checks(
     [
         HypergradientSearchCV(Ridge(), cv=3, num_meta_steps=3),
         HypergradientSearchCV(LogisticRegression(), cv=3, num_meta_steps=2),
+        HypergradientSearchCV(KernelRidge(kernel="rbf"), cv=3, num_meta_steps=2),
+        HypergradientSearchCV(MLPClassifier(**SMALL, random_state=0), cv=3, num_meta_steps=2),
+        HypergradientSearchCV(MLPRegressor(**SMALL, random_state=0), cv=3, num_meta_steps=2),
         PerFeature(Ridge()),
         PerFeature(LogisticRegression()),
         PerFeature(KernelRidge(kernel="rbf")),
