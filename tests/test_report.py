@@ -288,6 +288,26 @@ def test_protocol_sections(tmp_path):
     assert page.text.count("96 % of the gain") == 2
 
 
+def test_panels_are_shown_where_they_mean_something(tmp_path):
+    run = make_run(tmp_path / "run")
+    one_point = evaluation()
+    one_point["curves"] = {"query_accuracy": curve([0.9]), "query_loss": curve([0.3])}
+    one_point["scratch"] = {}
+    (run / "evaluation.json").write_text(json.dumps(one_point))
+    page = assert_self_contained(write_report([run]).read_text(encoding="utf-8"))
+    assert "Adaptation" not in page.text and "90.0" in page.text  # there are no steps to draw
+    (run / "evaluation.json").write_text(json.dumps(evaluation() | {"adapts": False}))
+    page = assert_self_contained(write_report([run]).read_text(encoding="utf-8"))
+    assert "Inner training" in page.text and "after 3 inner steps" in page.text
+    assert "Adaptation" not in page.text and "query, after inner training" in page.text
+    thinned = evaluation()
+    for found in thinned["curves"].values():
+        found["steps"] = [0, 1, 50, 300]
+    (run / "evaluation.json").write_text(json.dumps(thinned))
+    page = assert_self_contained(write_report([run]).read_text(encoding="utf-8"))
+    assert "after 300 adaptation steps" in page.text
+
+
 @pytest.mark.parametrize("junk", [3, "x", [1, 2], {"before": 1, "after": {"confidence": 2}}, None])
 def test_protocol_figures_that_make_no_sense(tmp_path, junk):
     run = make_run(tmp_path / "run")

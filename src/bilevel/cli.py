@@ -162,6 +162,8 @@ class _Eval:
     """Inner steps; the recipe's own number when left out."""
     seed: int = 1
     """Of the test tasks."""
+    every: int | None = None
+    """Judge after each such number of inner steps; for about 20 points when left out."""
     shots: tuple[int, ...] = ()
     """Support sizes to judge on as well, like 1 5 10."""
     checkpoint: Literal["auto", "best", "newest"] = "auto"
@@ -175,6 +177,7 @@ def _eval(words: list[str]) -> int:
         parsed.num_tasks,
         parsed.num_steps,
         parsed.seed,
+        every=parsed.every,
         shots=parsed.shots,
         checkpoint=parsed.checkpoint,
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from bilevel.recipes.config import first_difference
-from bilevel.recipes.evaluation import PER_TASK, Trained, describe_tasks, judge, read_trained
+from bilevel.recipes.evaluation import PER_TASK, Asked, Trained, describe_tasks, judge, read_trained
 from bilevel.recipes.run import eval_steps, write_text
 from bilevel.train.compare import Paired, paired, same_tasks, winner
 from bilevel.train.intervals import interval
@@ -122,7 +122,7 @@ def _judged(name: str, run: Trained, count: int, seed: int) -> Judged:
     found = _stored(run, count, steps, seed)
     if found is not None:
         return Judged(name, tasks=tasks, stored=True, **found)
-    result = judge(run, run.experiment.sample_test, count, steps, seed)
+    result = judge(run, run.experiment.sample_test, Asked(count, steps, seed))
     figures = {n: values[:, -1] for n, values in result.per_task.items() if n.startswith("query_")}
     return Judged(name, figures, result.sketch, tasks, result.num_steps, stored=False)
 
@@ -141,6 +141,7 @@ def _stored(run: Trained, count: int, steps: int | None, seed: int) -> dict[str,
     if len(arrays["sketch"]) < count or any(about[name] != value for name, value in wanted.items()):
         return None
     sketch = arrays.pop("sketch")[:count]
+    arrays.pop("steps", None)  # of the points of the curves
     figures = {name: values[:count, -1] for name, values in arrays.items()}
     return {"figures": figures, "sketch": sketch, "num_steps": about["num_steps"]}
 

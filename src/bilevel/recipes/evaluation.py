@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.problem import IterativeSolver, Key, Meta
+from bilevel.problem import IterativeSolver, Meta
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.learned import learned, save_pictures
 from bilevel.recipes.run import (
@@ -23,10 +23,11 @@ from bilevel.recipes.run import (
     saved_recipe,
     write_text,
 )
-from bilevel.recipes.splits import Sampler, seen_classes, unseen, with_shots
+from bilevel.recipes.splits import Sampler, has_tasks, seen_classes, unseen, with_shots
+from bilevel.train.along import along_adaptation, shown_steps, with_num_steps
 from bilevel.train.checkpoint import Checkpoints
 from bilevel.train.early_stopping import BEST
-from bilevel.train.evaluate import Evaluation, along_adaptation, evaluate, with_num_steps
+from bilevel.train.evaluate import Evaluation, evaluate
 from bilevel.train.intervals import Curve, all_right, diverged, independent_difference, interval
 from bilevel.train.specialization import specialization
 from bilevel.train.transduction import in_words, transduction
@@ -55,6 +56,22 @@ class Trained:
     meta_step: int
     checkpoint: str
     task_chunk: int
+
+
+class Asked(NamedTuple):
+    """What a run is judged by.
+
+    Args:
+        num_tasks: test tasks.
+        num_steps: inner steps; None for a learner without.
+        seed: of the test tasks.
+        every: as in `evaluate`.
+    """
+
+    num_tasks: int
+    num_steps: int | None
+    seed: int
+    every: int | None = None
 
 
 def read_trained(folder: Path, checkpoint: Literal["auto", "best", "newest"] = "auto") -> Trained:
@@ -89,6 +106,7 @@ def evaluate_run(
     num_steps: int | None = None,
     seed: int = 1,
     *,
+    every: int | None = None,
     shots: Sequence[int] = (),
     checkpoint: Literal["auto", "best", "newest"] = "auto",
 ) -> dict[str, Any]:
@@ -98,6 +116,7 @@ def evaluate_run(
         num_tasks: test tasks; the recipe's own number when left out.
         num_steps: inner steps; the recipe's own number when left out.
         seed: of the test tasks.
+        every: judge after each such number of inner steps; for about 20 points when left out.
         shots: support sizes to judge on as well.
         checkpoint: which one; the best on validation classes where the run has one.
 
@@ -106,16 +125,20 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: when the folder is no run, or has no checkpoint yet.
-        ValueError: for shots that the recipe's classes do not have.
+        ValueError: for shots that the recipe's classes do not have, or `every` with a learner without steps.
     """
     run = read_trained(folder, checkpoint)
     experiment = run.experiment
-    count = experiment.eval_tasks if num_tasks is None else num_tasks
-    steps = eval_steps(experiment, num_steps)
+    asked = Asked(
+        experiment.eval_tasks if num_tasks is None else num_tasks,
+        eval_steps(experiment, num_steps),
+        seed,
+        every,
+    )
     other_shots = {str(n): with_shots(experiment, n) for n in shots}  # refused before the minutes, not after
     begin = time.perf_counter()
     new, why = unseen(experiment)
-    main = judge(run, experiment.sample_test, count, steps, seed)
+    main = judge(run, experiment.sample_test, asked)
     result = main.as_json() | {
         "meta_step": run.meta_step,
         "checkpoint": run.checkpoint,
@@ -126,28 +149,30 @@ def evaluate_run(
         "protocol": experiment.protocol,
         "tasks": describe_tasks(experiment.sample_test),
         "pictures": experiment.pictures,
+        "adapts": has_tasks(experiment),
     }
-    result |= _beside(run, other_shots, count, steps, seed)
-    result |= _overfitting(run, main, count, steps, seed)
+    result |= _beside(run, other_shots, asked)
+    result |= _overfitting(run, main, asked)
     result["learned"] = learned(experiment, run.meta)
     result["notes"] = _notes(main)
     result["seconds"] = round(time.perf_counter() - begin, 2)
     write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     save_per_task(folder / PER_TASK, run, main, seed)
-    _save_examples(run, steps, jax.random.key(seed))
+    _save_examples(run, asked)
     save_pictures(folder, experiment, run.meta)
     return result
 
 
-def judge(run: Trained, sample: Sampler, num_tasks: int, num_steps: int | None, seed: int) -> Evaluation:
-    """A run on the tasks of a sampler that `seed` draws."""
+def judge(run: Trained, sample: Sampler, asked: Asked) -> Evaluation:
+    """A run on the tasks of a sampler."""
     return evaluate(
         run.experiment.learner,
         run.meta,
         sample,
-        jax.random.key(seed),
-        num_tasks=num_tasks,
-        num_steps=num_steps,
+        jax.random.key(asked.seed),
+        num_tasks=asked.num_tasks,
+        num_steps=asked.num_steps,
+        every=asked.every,
         task_chunk=run.task_chunk,
     )
 
@@ -169,26 +194,28 @@ def save_per_task(path: Path, run: Trained, result: Evaluation, seed: int) -> No
         for name, values in result.per_task.items()
         if name.startswith("query_")
     }
-    about = {"seed": seed, "meta_step": run.meta_step, "num_steps": result.num_steps}
+    about = {"seed": seed, "meta_step": run.meta_step, "num_steps": result.num_steps, "steps": result.steps}
     draft = path.with_name(f"{path.stem}.tmp.npz")  # savez adds the ending itself
     np.savez_compressed(draft, allow_pickle=False, sketch=result.sketch, **about, **kept)
     draft.replace(path)
 
 
-def _beside(
-    run: Trained, shots: dict[str, Sampler], count: int, steps: int | None, seed: int
-) -> dict[str, Any]:
+def _beside(run: Trained, shots: dict[str, Sampler], asked: Asked) -> dict[str, Any]:
     """The same learner under other conditions, and the baseline without meta-learning."""
     experiment = run.experiment
     scratch = None
     if experiment.scratch is not None:
         # The baseline takes many steps a task; fewer tasks give it an interval that is narrow enough.
         scratch = evaluate(
-            experiment.scratch, {}, experiment.sample_test, jax.random.key(seed), num_tasks=min(count, _FEW)
+            experiment.scratch,
+            {},
+            experiment.sample_test,
+            jax.random.key(asked.seed),
+            num_tasks=min(asked.num_tasks, _FEW),
         )
 
     def curves(sample: Sampler) -> dict[str, Any]:
-        return judge(run, sample, count, steps, seed).as_json()["curves"]
+        return judge(run, sample, asked).as_json()["curves"]
 
     return {
         "other_tests": {name: curves(sample) for name, sample in experiment.other_tests.items()},
@@ -198,28 +225,34 @@ def _beside(
     }
 
 
-def _overfitting(run: Trained, main: Evaluation, count: int, steps: int | None, seed: int) -> dict[str, Any]:
-    """Seen against unseen classes, support against query, and how specialized the start is."""
-    key = jax.random.key(seed)
+def _overfitting(run: Trained, main: Evaluation, asked: Asked) -> dict[str, Any]:
+    """Seen against unseen classes, support against query, and how specialized the start is.
+
+    With one data set nothing starts from what was learned, and the support may be corrupted on purpose or
+    made up: these figures would say nothing.
+    """
+    key = jax.random.key(asked.seed)
     found: dict[str, Any] = {"seen": None, "gaps": {}, "specialization": None}
     name = "accuracy" if "query_accuracy" in main.per_task else "loss"
-    if f"support_{name}" in main.per_task:
+    adapts = has_tasks(run.experiment)
+    if adapts and f"support_{name}" in main.per_task:
         gap = interval(main.per_task[f"support_{name}"] - main.per_task[f"query_{name}"])
         found["gaps"][f"support minus query {name}"] = _last(gap)
     sample = seen_classes(run.experiment)
     if sample is not None:
-        seen = judge(run, sample, count, steps, seed)
+        seen = judge(run, sample, asked)
         found["seen"] = seen.as_json()["curves"]
         gap = independent_difference(seen.per_task[f"query_{name}"], main.per_task[f"query_{name}"])
         found["gaps"][f"seen minus unseen {name}"] = _last(gap)
-    if isinstance(run.experiment.learner.solver, IterativeSolver) and main.num_steps > 0:
+    if adapts and isinstance(run.experiment.learner.solver, IterativeSolver) and main.num_steps > 0:
         found["specialization"] = specialization(
             run.experiment.learner,
             run.meta,
             run.experiment.sample_test,
             key,
-            num_tasks=min(count, _FEW),
+            num_tasks=min(asked.num_tasks, _FEW),
             num_steps=main.num_steps,
+            every=asked.every,
             task_chunk=run.task_chunk,
         ).as_json()
     change = transduction(run.experiment.learner, run.meta, run.experiment.sample_test, key)
@@ -233,14 +266,17 @@ def _last(curve: Curve) -> dict[str, float]:
 def _notes(result: Evaluation) -> list[str]:
     """What a reader must know before believing the headline."""
     accuracy = result.per_task.get("query_accuracy")
-    said = (diverged(result.per_task["query_loss"]), None if accuracy is None else all_right(accuracy[:, -1]))
+    said = (
+        diverged(result.per_task["query_loss"], result.steps),
+        None if accuracy is None else all_right(accuracy[:, -1]),
+    )
     return [note for note in said if note is not None]
 
 
-def _save_examples(run: Trained, steps: int | None, key: Key) -> None:
+def _save_examples(run: Trained, asked: Asked) -> None:
     """A few test tasks with the model's answers along adaptation, for the report."""
-    experiment = run.experiment
-    learner = with_num_steps(experiment.learner, steps)
+    experiment, key = run.experiment, jax.random.key(asked.seed)
+    learner = with_num_steps(experiment.learner, asked.num_steps)
     predict = learner.predict
     if experiment.pictures == "none" or predict is None:
         return
@@ -251,16 +287,24 @@ def _save_examples(run: Trained, steps: int | None, key: Key) -> None:
         order = jnp.argsort(x[..., 0], axis=1)
         x, y = jnp.take_along_axis(x, order[..., None], 1), jnp.take_along_axis(y, order[..., None], 1)
 
-    def answers(meta, task, x, key):
-        return along_adaptation(learner, meta, task, key, lambda params: predict(params, meta, x))
+    num_steps = learner.solver.num_steps if isinstance(learner.solver, IterativeSolver) else 0
+    shown = shown_steps(num_steps, asked.every)
 
-    # [tasks, steps + 1, n, ...]
+    def answers(meta, task, x, key):
+        return along_adaptation(learner, meta, task, key, lambda params: predict(params, meta, x), shown)
+
+    # [tasks, points, n, ...]
     found = jax.jit(jax.vmap(answers, (None, 0, 0, 0)))(run.meta, tasks, x, keys)
     arrays = {"support_x": support_x, "support_y": support_y}
     if experiment.pictures == "classification":
         odds = jax.nn.softmax(found)
         arrays |= {"query_x": x, "query_y": y, "before": odds[:, 0], "after": odds[:, -1]}
     else:
-        arrays |= {"grid": x[..., 0], "truth": y[..., 0], "steps": found[..., 0].swapaxes(0, 1)}
+        arrays |= {
+            "grid": x[..., 0],
+            "truth": y[..., 0],
+            "steps": found[..., 0].swapaxes(0, 1),
+            "shown": shown,
+        }
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     np.savez_compressed(run.folder / "examples.npz", allow_pickle=False, **arrays)

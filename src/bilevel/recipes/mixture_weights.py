@@ -16,7 +16,7 @@ from bilevel.problem import Estimator, Learner, Meta, Task
 from bilevel.recipes.experiment import Experiment
 from bilevel.tasks import Fixed
 from bilevel.tasks.text_sources import TextSources, read_sources, small_languages
-from bilevel.train.evaluate import with_num_steps
+from bilevel.train.along import with_num_steps
 
 
 def mixture_weights(

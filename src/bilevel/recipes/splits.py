@@ -10,6 +10,7 @@ import numpy as np
 from bilevel.problem import Key, Task
 from bilevel.recipes.experiment import Experiment
 from bilevel.tasks import Fixed
+from bilevel.tasks.few_beside_many import FewBesideMany
 
 Sampler = Callable[[Key], Task]
 _SIZES = ("ways", "shots", "queries")
@@ -76,6 +77,16 @@ def seen_classes(experiment: Experiment) -> Sampler | None:
     if train is None or not all(_has(train, name) and _has(test, name) for name in _SIZES):
         return None
     return dataclasses.replace(train, **{name: getattr(test, name) for name in _SIZES})
+
+
+def has_tasks(experiment: Experiment) -> bool:
+    """Whether a learned start is adapted to tasks; else one data set is trained on, time and again.
+
+    >>> from bilevel.recipes import MamlGlyphs
+    >>> has_tasks(MamlGlyphs().build())
+    True
+    """
+    return not isinstance(experiment.sample_test, Fixed | FewBesideMany)
 
 
 def unseen(experiment: Experiment) -> tuple[bool | None, str]:

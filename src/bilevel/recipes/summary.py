@@ -10,8 +10,8 @@ def summary(result: dict[str, Any]) -> str:
     percent = name.endswith("accuracy")
     scale, unit = (100.0, " %") if percent else (1.0, "")
 
-    def cell(curve: dict[str, list[float]], step: int) -> str:
-        mean, half = scale * curve["mean"][step], scale * curve["ci95"][step]
+    def cell(curve: dict[str, list[float]], place: int) -> str:
+        mean, half = scale * curve["mean"][place], scale * curve["ci95"][place]
         return f"{mean:6.2f} ± {half:.2f}{unit}" if percent else f"{mean:7.4f} ± {half:.4f}"
 
     rows = []
@@ -19,13 +19,13 @@ def summary(result: dict[str, Any]) -> str:
     if chance is not None:
         rows.append(("chance", f"{scale * chance:6.2f}{unit}"))
     if name in scratch:
-        steps = len(scratch[name]["mean"]) - 1
+        steps = points(scratch[name])[-1]
         rows.append((f"from scratch, {steps} steps on the support set", cell(scratch[name], -1)))
-    last = len(curves[name]["mean"]) - 1
-    for step in sorted({0, 1, min(5, last), last}):
-        if step <= last:
+    steps = points(curves[name])
+    for place, step in enumerate(steps):
+        if step in (0, 1, 5, steps[-1]):
             plural = "s" * (step != 1)
-            rows.append((f"meta-learned, {step} adaptation step{plural}", cell(curves[name], step)))
+            rows.append((f"meta-learned, {step} adaptation step{plural}", cell(curves[name], place)))
     for condition, other in result["other_tests"].items():
         rows.append((f"the same, {condition}", cell(other[name], -1)))
     for shots, other in result["shots"].items():
@@ -37,6 +37,15 @@ def summary(result: dict[str, Any]) -> str:
     head = f"{label}, mean ± 95% over {result['num_tasks']} tasks\n{result['protocol']}\n"
     table = "\n".join(f"  {text:<{width}}  {value}" for text, value in rows)
     return "\n".join([head + table, *(f"  {line}" for line in _remarks(result))])
+
+
+def points(curve: dict[str, list]) -> list[int]:
+    """After which inner steps the points of a curve are; older files hold one for each.
+
+    >>> points({"mean": [0.2, 0.9]}), points({"mean": [0.2, 0.9], "steps": [0, 50]})
+    ([0, 1], [0, 50])
+    """
+    return curve.get("steps") or list(range(len(curve["mean"])))
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:

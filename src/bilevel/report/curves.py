@@ -19,6 +19,16 @@ def chance(run: Run, name: str) -> float:
     return number(found.get(name, found.get(name.removeprefix("query_"))))
 
 
+def adapts(run: Run) -> bool:
+    """Whether a learned start is adapted to tasks; older evaluations do not say, and mostly are."""
+    return run.evaluation.get("adapts") is not False
+
+
+def inner_loop(runs: Sequence[Run]) -> str:
+    """What the inner loop is to these runs, in a word or two."""
+    return "adaptation" if any(map(adapts, runs)) else "inner training"
+
+
 def end_of(curve: Curve | None, name: str, place: int = -1) -> str:
     """A curve's last value in writing, or the one at `place`."""
     return "—" if curve is None else measure(name, curve.mean[place], curve.half[place])
@@ -65,8 +75,11 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 
 def adaptation(runs: Sequence[Run]) -> str:
-    """Query figures against adaptation steps, from scratch beside meta-learned."""
+    """Query figures against inner steps, from scratch beside meta-learned; "" where no run takes any."""
     names = _ordered(name for run in runs for name in run.curves if name.startswith("query_"))
+    if all(len(curve.steps) < 2 for run in runs for curve in run.curves.values()):
+        return ""
+    step = "adaptation step" if inner_loop(runs) == "adaptation" else "inner step"
     panels = []
     levels = []
     for name in names[:MAX_PANELS]:
@@ -87,8 +100,8 @@ def adaptation(runs: Sequence[Run]) -> str:
             f"{end_of(run.curves[name], name)} after"
             for run in runs if name in run.curves
         )  # fmt: skip
-        label = f"{figure_name(name)} against adaptation steps. {spoken}"
-        frame = Frame(label, "adaptation step", percent=is_percent(name), level=level)
+        label = f"{figure_name(name)} against {step}s. {spoken}"
+        frame = Frame(label, step, percent=is_percent(name), level=level)
         panels.append(panel(name, lines, frame))
     if not panels:
         return ""
@@ -104,9 +117,8 @@ def adaptation(runs: Sequence[Run]) -> str:
 
 
 def _against_steps(curve: Curve, ink: str, dash: str, marker: str, tag: str) -> Line:
-    steps = np.arange(len(curve.mean))
-    marker = marker if len(steps) <= 40 else ""
-    return Line(steps, curve.mean, curve.half, ink=ink, dash=dash, marker=marker, tag=tag)
+    marker = marker if len(curve.steps) <= 40 else ""
+    return Line(curve.steps, curve.mean, curve.half, ink=ink, dash=dash, marker=marker, tag=tag)
 
 
 def training(runs: Sequence[Run]) -> str:
@@ -138,7 +150,7 @@ def training(runs: Sequence[Run]) -> str:
         return ""
     empty = np.zeros(0)
     alone = len(runs) == 1
-    styles = [(Line(empty, empty, ink="s0" if alone else "muted"), "query, after adaptation")]
+    styles = [(Line(empty, empty, ink="s0" if alone else "muted"), f"query, after {inner_loop(runs)}")]
     if supports:
         styles.append((Line(empty, empty, ink="muted", dash="dashed", width=1.3), "support"))
     if validated:

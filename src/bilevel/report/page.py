@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.report.curves import adaptation, chance, end_of, key, training
+from bilevel.report.curves import adaptation, chance, end_of, inner_loop, key, training
 from bilevel.report.html import document, section, table
 from bilevel.report.learned import learned
 from bilevel.report.numbers import count, duration, figure_name, measure
@@ -25,8 +25,7 @@ def render(runs: Sequence[Run]) -> str:
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     sections = [
         section("Result", _result(runs), _intervals(runs)),
-        section("Adaptation", adaptation(runs), "Query figures on unseen tasks after each "
-                 "adaptation step, with 95 % confidence intervals over tasks."),
+        section(*_adaptation(runs)),
         section("Learned", learned(runs), "What the meta-parameters themselves say."),
         section("Shots", shots(runs), "The same learner with other numbers of support examples a class."),
         section("Calibration", calibration(runs), "Whether an answer given with 80 % confidence is "
@@ -40,6 +39,14 @@ def render(runs: Sequence[Run]) -> str:
         section("Repeat", _repeat(runs), ""),
     ]  # fmt: skip
     return document(title, CSS, _header(runs, title), sections)
+
+
+def _adaptation(runs: Sequence[Run]) -> tuple[str, str, str]:
+    what = inner_loop(runs)
+    lead = "Query figures on unseen tasks along adaptation, with 95 % confidence intervals over tasks."
+    if what != "adaptation":
+        lead = "Query figures along the training on the whole support."
+    return what.capitalize(), adaptation(runs), lead
 
 
 def _header(runs: Sequence[Run], title: str) -> str:
@@ -107,13 +114,15 @@ def _tasks(run: Run) -> str:
 
 
 def _after(curve: Curve) -> str:
-    steps = len(curve.mean) - 1
+    steps = curve.steps[-1]
+    if len(curve.steps) < 2:  # no steps were taken
+        return ""
     return f"<small>({steps} step{'' if steps == 1 else 's'})</small>"
 
 
 def _result_alone(run: Run, name: str) -> str:
     meta, scratch = run.curves[name], run.scratch.get(name)
-    steps = len(meta.mean) - 1
+    steps = meta.steps[-1]
     guess = chance(run, name)
     rows = []
     if np.isfinite(guess):
@@ -123,7 +132,7 @@ def _result_alone(run: Run, name: str) -> str:
                      f"{end_of(scratch, name)} {_after(scratch)}"])  # fmt: skip
     rows.append(["<strong>Meta-learned</strong>", end_of(meta, name, 0),
                  f"<strong>{end_of(meta, name)}</strong> {_after(meta)}"])  # fmt: skip
-    figures = table(["Start", "Before adaptation", "After"], rows, "Result")
+    figures = table(["Start", f"Before {inner_loop([run])}", "After"], rows, "Result")
     protocol = run.evaluation.get("protocol")
     terms = [("Protocol", escape(str(protocol)) if protocol is not None else "—"),
              ("Tasks", _tasks(run))]  # fmt: skip
@@ -135,18 +144,23 @@ def _result_alone(run: Run, name: str) -> str:
     if "±" in value:
         value, _, half = value.partition(" ± ")
         half = f"<span>± {half}</span>"
-    hero = (
-        f'<p class="hero"><b>{value}</b>{half}<small>{escape(figure_name(name))} after {steps} '
-        f"adaptation step{'' if steps == 1 else 's'}</small></p>"
-    )
+    said = escape(figure_name(name)) + _taken(run, int(steps))
+    hero = f'<p class="hero"><b>{value}</b>{half}<small>{said}</small></p>'
     return f'{hero}<div class="alone">{figures}</div><dl class="terms">{listed}</dl>'
+
+
+def _taken(run: Run, steps: int) -> str:
+    if not steps:
+        return ""
+    what = "adaptation" if inner_loop([run]) == "adaptation" else "inner"
+    return f" after {steps} {what} step{'' if steps == 1 else 's'}"
 
 
 def _result_compared(runs: Sequence[Run], name: str) -> str:
     rows = []
     for place, run in enumerate(runs):
         meta, protocol = run.curves.get(name), run.evaluation.get("protocol")
-        steps = "—" if meta is None else str(len(meta.mean) - 1)
+        steps = "—" if meta is None else str(meta.steps[-1])
         rows.append([
             f"{key(place)}<strong>{escape(run.name)}</strong>",
             f"<strong>{end_of(meta, name)}</strong>",

@@ -131,15 +131,19 @@ def _image(image: np.ndarray, alt: str) -> str:
 
 def _regression(run: Run, limit: int, level: int) -> str:
     arrays = run.examples
-    last = len(arrays["steps"]) - 1
-    shown = sorted({round(part) for part in np.linspace(0, last, min(MAX_FITS, last + 1))})
-    if last > 1:
-        shown = sorted({1, *shown})  # the first step is where a good start shows
+    points = len(arrays["steps"])
+    numbers = [int(step) for step in arrays.get("shown", range(points))]  # older files hold every step
+    last = numbers[-1]
+    near = np.linspace(0, last, min(MAX_FITS, points))
+    places = {int(np.abs(np.array(numbers) - part).argmin()) for part in near}
+    if points > 2:
+        places.add(1)  # the first step is where a good start shows
+    shown = sorted(places)
     figures, legend = [], ""
     for index in range(min(limit, arrays["steps"].shape[1])):
         grid = np.asarray(arrays["grid"][index], float)
-        lines = [_fit(step, last, grid, arrays["steps"][step, index]) for step in shown]
-        keys = [f"after {step} step{'' if step == 1 else 's'}" for step in shown]
+        lines = [_fit(numbers[p], last, grid, arrays["steps"][p, index]) for p in shown]
+        keys = [f"after {numbers[p]} step{'' if numbers[p] == 1 else 's'}" for p in shown]
         if "truth" in arrays:
             lines.append(Line(grid, arrays["truth"][index], ink="ink", dash="dotted", width=1.6))
             keys.append("truth")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.report.curves import key, legend, panel, series
+from bilevel.report.curves import inner_loop, key, legend, panel, series
 from bilevel.report.numbers import figure_name, is_percent, measure
 from bilevel.report.plots import Frame, Line, draw
 from bilevel.report.runs import Curve, Run, curves_of, number
@@ -47,7 +47,7 @@ def _by_shots(run: Run) -> dict[str, tuple[np.ndarray, Curve]]:
         if sizes and all(name in by_size[size] for size in sizes):
             ends = [by_size[size][name] for size in sizes]
             mean, half = (np.array([getattr(end, part)[-1] for end in ends]) for part in ("mean", "half"))
-            out[name] = (np.array(sizes), Curve(mean, half))
+            out[name] = (np.array(sizes), Curve(mean, half, np.array(sizes)))
     return out
 
 
@@ -67,11 +67,12 @@ def calibration(runs: Sequence[Run]) -> str:
                 lines.append(Line(*points, ink=ink, dash=dash, marker="o"))
         if len(lines) == 1:
             continue
-        label = f"Reliability of {run.name}: share of right answers against confidence. {_ece(found)}"
+        said = _ece(found, inner_loop([run]))
+        label = f"Reliability of {run.name}: share of right answers against confidence. {said}"
         frame = Frame(label, "confidence", percent=True, whole=False)
         title = f"{key(place)}{escape(run.name)}" if len(runs) > 1 else "Reliability"
         parts.append(
-            f"<figure><figcaption><h3>{title}</h3><small>{escape(_ece(found))}</small></figcaption>"
+            f"<figure><figcaption><h3>{title}</h3><small>{escape(said)}</small></figcaption>"
             f"{draw(lines, frame)}</figure>"
         )
     if not parts:
@@ -79,7 +80,7 @@ def calibration(runs: Sequence[Run]) -> str:
     empty = np.zeros(0)
     ink = "s0" if len(runs) == 1 else "muted"
     styles = [
-        (Line(empty, empty, ink=ink, marker="o"), "share right after adaptation"),
+        (Line(empty, empty, ink=ink, marker="o"), f"share right after {inner_loop(runs)}"),
         (Line(empty, empty, ink="muted", dash="dashed", marker="o"), "before"),
         (Line(empty, empty, ink="muted", dash="dotted", width=1.1), "perfectly calibrated"),
     ]
@@ -98,12 +99,12 @@ def _diagram(found: Any) -> tuple[np.ndarray, np.ndarray] | None:
     return (np.array(x)[filled], np.array(y)[filled]) if filled.any() else None
 
 
-def _ece(found: dict[str, Any]) -> str:
+def _ece(found: dict[str, Any], what: str) -> str:
     values = found.get("ece")
     ends = [number(v) for v in values] if isinstance(values, list) and values else [float("nan")]
     text = f"expected calibration error {100 * ends[-1]:.1f} %"
     if len(ends) > 1:
-        text += f" after adaptation, {100 * ends[0]:.1f} % before"
+        text += f" after {what}, {100 * ends[0]:.1f} % before"
     bins, answers = number(found.get("num_bins")), number(found.get("num_examples"))
     return f"{text}; {bins:g} bins, {answers:,.0f} answers."
 
@@ -148,7 +149,7 @@ def _plots(run: Run, ink: str) -> list[str]:
     plots = []
     if losses:
         lines = [
-            Line(np.arange(len(c.mean)), c.mean, c.half, ink=ink if name == "query_loss" else "muted",
+            Line(c.steps, c.mean, c.half, ink=ink if name == "query_loss" else "muted",
                  dash="solid" if name == "query_loss" else "dashed")
             for name, c in losses.items()
         ]  # fmt: skip
@@ -158,8 +159,7 @@ def _plots(run: Run, ink: str) -> list[str]:
     moved = curves_of(special.get("moved"))
     if moved:
         lines = [
-            Line(np.arange(len(c.mean)), c.mean, c.half, ink=series(i), tag=str(i + 1))
-            for i, c in enumerate(moved.values())
+            Line(c.steps, c.mean, c.half, ink=series(i), tag=str(i + 1)) for i, c in enumerate(moved.values())
         ]
         label = f"How far each part of the parameters of {run.name} moves"
         named = ", ".join(f"{i + 1} {name}" for i, name in enumerate(moved))

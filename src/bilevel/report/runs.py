@@ -22,10 +22,11 @@ class Note(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A figure against adaptation steps 0..K: mean over tasks and 95% half-width, both `[K+1]`."""
+    """A figure against adaptation steps: mean over tasks, 95% half-width, and the steps; all `[points]`."""
 
     mean: np.ndarray
     half: np.ndarray
+    steps: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,19 @@ def curves_of(found: Any) -> dict[str, Curve]:
         half = parts.get("ci95")
         half = half if isinstance(half, list) and len(half) == len(mean) else [None] * len(mean)
         curves[name] = Curve(
-            np.array([number(value) for value in mean]), np.array([number(value) for value in half])
+            np.array([number(value) for value in mean]),
+            np.array([number(value) for value in half]),
+            _steps(parts.get("steps"), len(mean)),
         )
     return curves
+
+
+def _steps(found: Any, points: int) -> np.ndarray:
+    """The step of each point; where the file does not say, as older ones do not, there is one for each."""
+    steps = np.array([number(value) for value in found]) if isinstance(found, list) else np.zeros(0)
+    if len(steps) != points or not (np.isfinite(steps).all() and (np.diff(steps) > 0).all()):
+        return np.arange(points)
+    return steps.astype(int)
 
 
 def _read_examples(path: Path, notes: list[Note], command: str) -> dict[str, np.ndarray]:
@@ -216,6 +227,7 @@ def _wrong_shapes(examples: dict[str, np.ndarray]) -> str:
             and support[2] == 1
             and shapes["support_y"] == support
             and shapes.get("truth", steps[1:]) == steps[1:]
+            and shapes.get("shown", steps[:1]) == steps[:1]
             and 0 not in (*steps, *support)
         )
         return "" if good else f"regression arrays do not fit together, got {shapes}"

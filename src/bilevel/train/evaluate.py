@@ -1,6 +1,5 @@
 """Evaluation on fresh tasks: means with 95% confidence intervals, after 0..K adaptation steps."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.hypergrad.common import problem_metrics, split_keys
-from bilevel.hypergrad.first_order.first_order import FirstOrder
-from bilevel.inner import unroll
-from bilevel.problem import IterativeSolver, Key, Learner, Meta, Params, Task
+from bilevel.problem import Key, Learner, Meta, Params, Task
+from bilevel.train.along import along_adaptation, steps_of, with_num_steps
 from bilevel.train.arrays import split_arrays
 from bilevel.train.calibration import NUM_BINS, Calibration, calibration, tally
 from bilevel.train.intervals import Curve, interval
@@ -24,10 +22,11 @@ class Evaluation(NamedTuple):
     """What `evaluate` found.
 
     Args:
-        curves: a `Curve` for `query_loss` and each metric; one point per adaptation step, the first before.
+        curves: a `Curve` for `query_loss` and each metric, a point for each of `steps`.
         num_tasks: tasks it is a mean over.
         num_steps: K.
-        per_task: what the curves are means of, `[num_tasks, K+1]` each.
+        steps: after which inner steps the points are, from 0, before adaptation, to K.
+        per_task: what the curves are means of, `[num_tasks, points]` each.
         sketch: a few numbers a task, `[num_tasks, leaves, 2]`, by which two evaluations can see whether
             they were on the same tasks; see `sketch`.
         calibration: of classifiers with `predict`; None for others.
@@ -36,6 +35,7 @@ class Evaluation(NamedTuple):
     curves: dict[str, Curve]
     num_tasks: int
     num_steps: int
+    steps: tuple[int, ...]
     per_task: dict[str, np.ndarray]
     sketch: np.ndarray
     calibration: Calibration | None = None
@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
         return {
             "num_tasks": self.num_tasks,
             "num_steps": self.num_steps,
-            "curves": {name: curve.as_json() for name, curve in self.curves.items()},
+            "curves": {name: curve.as_json(self.steps) for name, curve in self.curves.items()},
             "calibration": None if self.calibration is None else self.calibration.as_json(),
         }
 
@@ -71,19 +71,6 @@ def adapt(learner: Learner, meta: Meta, task: Task, key: Key, num_steps: int | N
     return learner.solver.solve(learner.problem, meta, task, key).params
 
 
-def with_num_steps(learner: Learner, num_steps: int | None) -> Learner:
-    """The same learner with another number of inner steps, to adapt with: its estimator is put aside.
-
-    Single-loop estimators refuse a solver of more than one step, and nothing is differentiated here.
-    """
-    if num_steps is None:
-        return learner
-    if not isinstance(learner.solver, IterativeSolver):
-        raise ValueError(f"{type(learner.solver).__name__} has no num_steps to set; leave num_steps out")
-    solver = dataclasses.replace(learner.solver, num_steps=num_steps)  # type: ignore[type-var]
-    return dataclasses.replace(learner, solver=solver, estimator=FirstOrder())
-
-
 def evaluate(
     learner: Learner,
     meta: Meta,
@@ -92,6 +79,7 @@ def evaluate(
     *,
     num_tasks: int = 1000,
     num_steps: int | None = None,
+    every: int | None = None,
     task_chunk: int = 1,
     chunk_size: int = _CHUNK,
 ) -> Evaluation:
@@ -107,6 +95,8 @@ def evaluate(
         sample_task: `sample_task(key) -> Task`, one task, for instance of classes never seen in training.
         num_tasks: how many tasks.
         num_steps: K; the solver's own when left out.
+        every: judge after 0, 1, every `every`-th and the last step; for about 20 points when left out, for
+            judging costs a pass over the query, and K may be thousands. The last point does not depend on it.
         task_chunk: tasks computed side by side: 1 on a CPU, many on an accelerator. It changes rounding.
         chunk_size: tasks in one compiled call; memory on the device grows with it, the numbers do not
             change by a bit.
@@ -117,7 +107,10 @@ def evaluate(
         accuracy and `learner.predict`, the calibration of the answers too.
 
     Raises:
-        ValueError: when `num_tasks` is below 2, too few for an interval, or a chunk below 1.
+        ValueError: when `num_tasks` is below 2, too few for an interval, a chunk or `every` below 1, or
+            `num_steps` or `every` is given with a solver that has no steps.
+
+    Cost: K inner steps and about 20 passes over the query, a task.
 
     >>> import bilevel as bl
     >>> learner = bl.maml(bl.nets.mlp([1, 8, 1]), bl.learners.mean_squared_error, rates=0.01)
@@ -131,6 +124,7 @@ def evaluate(
         sample_task,
         num_tasks=num_tasks,
         num_steps=num_steps,
+        every=every,
         task_chunk=task_chunk,
         chunk_size=chunk_size,
     )
@@ -143,6 +137,7 @@ def evaluator(
     *,
     num_tasks: int = 1000,
     num_steps: int | None = None,
+    every: int | None = None,
     task_chunk: int = 1,
     chunk_size: int = _CHUNK,
 ) -> Callable[[Meta, Key], Evaluation]:
@@ -150,8 +145,9 @@ def evaluator(
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be at least 2 for a confidence interval, got {num_tasks}")
     learner = with_num_steps(learner, num_steps)
+    steps = steps_of(learner, every)
     run = over_tasks(
-        lambda meta, task, key: (_curves(learner, meta, task, key), sketch(task)),
+        lambda meta, task, key: (_curves(learner, meta, task, key, steps), sketch(task)),
         sample_task,
         num_tasks,
         task_chunk=task_chunk,
@@ -170,7 +166,8 @@ def evaluator(
         return Evaluation(
             curves={name: interval(values) for name, values in per_task.items()},
             num_tasks=num_tasks,
-            num_steps=per_task["query_loss"].shape[1] - 1,
+            num_steps=steps[-1],
+            steps=steps,
             per_task=per_task,
             sketch=np.concatenate(sketches),
             calibration=calibration(np.asarray(bins), **judged) if judged else None,
@@ -264,8 +261,10 @@ def sketch(task: Task) -> jax.Array:
     return jnp.stack([numbers(leaf) for leaf in jax.tree.leaves(task)])
 
 
-def _curves(learner: Learner, meta: Meta, task: Task, key: Key) -> dict[str, jax.Array]:
-    """The figures of one task before and after each inner step: `[K+1, ...]` each."""
+def _curves(
+    learner: Learner, meta: Meta, task: Task, key: Key, steps: tuple[int, ...]
+) -> dict[str, jax.Array]:
+    """The figures of one task after each of `steps`: `[points, ...]` each."""
     outer_key = split_keys(key)[1]
 
     def figures(params):
@@ -280,22 +279,4 @@ def _curves(learner: Learner, meta: Meta, task: Task, key: Key) -> dict[str, jax
             found |= tally(logits, labels, NUM_BINS)
         return found
 
-    return along_adaptation(learner, meta, task, key, figures)
-
-
-def along_adaptation(
-    learner: Learner, meta: Meta, task: Task, key: Key, read: Callable[[Params], Any]
-) -> Any:
-    """`read(params)` before and after each inner step, stacked: leaves `[K+1, ...]`.
-
-    A solver without steps gives the solution alone: `[1, ...]`.
-    """
-    problem, solver = learner.problem, learner.solver
-    inner_key, _ = split_keys(key)
-    if not isinstance(solver, IterativeSolver):
-        return jax.tree.map(
-            lambda leaf: leaf[None], read(solver.solve(problem, meta, task, inner_key).params)
-        )
-    before = read(problem.init(meta, jax.random.split(inner_key)[0]))  # the key that `unroll` starts from
-    _, after = unroll(problem, solver, meta, task, inner_key, each=read)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), before, after)
+    return along_adaptation(learner, meta, task, key, figures, steps)

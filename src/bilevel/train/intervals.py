@@ -1,6 +1,7 @@
 """Means over tasks and their 95% confidence intervals."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,19 +10,20 @@ NORMAL_95 = 1.96  # of the field's tables; with 600 tasks Student's t is 1.964
 
 
 class Curve(NamedTuple):
-    """A figure after 0..K adaptation steps, over tasks.
+    """A figure along adaptation, over tasks.
 
     Args:
-        mean: `[K+1]`.
-        ci95: half-width of the 95% confidence interval of the mean, `[K+1]`.
+        mean: `[points]`.
+        ci95: half-width of the 95% confidence interval of the mean, `[points]`.
     """
 
     mean: np.ndarray
     ci95: np.ndarray
 
-    def as_json(self) -> dict[str, list[float]]:
-        """Plain lists."""
-        return {"mean": self.mean.tolist(), "ci95": self.ci95.tolist()}
+    def as_json(self, steps: Sequence[int] | None = None) -> dict[str, list]:
+        """Plain lists, with the inner steps after which the points are where they are given."""
+        found: dict[str, list] = {"mean": self.mean.tolist(), "ci95": self.ci95.tolist()}
+        return found if steps is None else found | {"steps": list(steps)}
 
 
 def interval(values: np.ndarray) -> Curve:
@@ -74,11 +76,12 @@ def all_right(values: np.ndarray) -> str | None:
     )
 
 
-def diverged(losses: np.ndarray) -> str | None:
+def diverged(losses: np.ndarray, steps: Sequence[int] | None = None) -> str | None:
     """What to say where the losses of some tasks are not finite, and so no mean over tasks is.
 
     Args:
-        losses: `[num_tasks, K+1]`, after 0..K adaptation steps.
+        losses: `[num_tasks, points]`, along adaptation.
+        steps: after which inner steps the points are; 0, 1, 2, ... when left out.
 
     >>> print(diverged(np.array([[1.0, 0.5, np.inf], [1.0, 0.6, 0.4]])))
     the inner loop diverges on 1 of 2 tasks, from step 2 on: no mean is finite there; take fewer steps or a
@@ -87,7 +90,8 @@ def diverged(losses: np.ndarray) -> str | None:
     wrong = ~np.isfinite(losses)
     if not wrong.any():
         return None
-    first = int(np.argmax(wrong.any(0)))
+    place = int(np.argmax(wrong.any(0)))
+    first = place if steps is None else steps[place]
     return (
         f"the inner loop diverges on {int(wrong.any(1).sum())} of {len(losses)} tasks, from step {first} on: "
         "no mean is finite there; take fewer steps or a lower rate"

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.hypergrad.common import split_keys
+from bilevel.hypergrad.common import problem_metrics, split_keys
 from bilevel.problem import IterativeSolver, Key, Learner, Meta, Params, Task
-from bilevel.train.evaluate import along_adaptation, over_tasks, with_num_steps
+from bilevel.train.along import along_adaptation, shown_steps, with_num_steps
+from bilevel.train.evaluate import over_tasks
 from bilevel.train.intervals import Curve, interval
 
 _START = "start"
@@ -22,10 +23,11 @@ class Specialization(NamedTuple):
     Args:
         num_tasks: tasks it is a mean over.
         num_steps: K, the steps it is meant for; what follows is beyond them.
-        query_loss: after 0..K+beyond steps.
+        steps: after which inner steps the points of the curves are, 0, 1, K and K+beyond among them.
+        query_loss: along them, without the noise of dropout, as `evaluate` gives it.
         support_loss: the inner loss, likewise.
-        moved: ‖φₖ − φ₀‖ / ‖φ₀‖ of each part of the parameters after 0..K+beyond steps; the plain distance
-            for a part that starts at zero, listed in `from_zero`.
+        moved: ‖φₖ − φ₀‖ / ‖φ₀‖ of each part of the parameters, likewise; the plain distance for a part that
+            starts at zero, listed in `from_zero`.
         from_zero: parts that start at zero.
         first_step: the share of the whole gain in query loss that the first step brings; NaN where K steps
             bring no gain.
@@ -36,6 +38,7 @@ class Specialization(NamedTuple):
 
     num_tasks: int
     num_steps: int
+    steps: tuple[int, ...]
     query_loss: Curve
     support_loss: Curve
     moved: dict[str, Curve]
@@ -49,9 +52,9 @@ class Specialization(NamedTuple):
         return {
             "num_tasks": self.num_tasks,
             "num_steps": self.num_steps,
-            "query_loss": self.query_loss.as_json(),
-            "support_loss": self.support_loss.as_json(),
-            "moved": {name: curve.as_json() for name, curve in self.moved.items()},
+            "query_loss": self.query_loss.as_json(self.steps),
+            "support_loss": self.support_loss.as_json(self.steps),
+            "moved": {name: curve.as_json(self.steps) for name, curve in self.moved.items()},
             "from_zero": list(self.from_zero),
             "first_step": None if np.isnan(self.first_step) else self.first_step,
             "beyond": {"mean": float(self.beyond.mean), "ci95": float(self.beyond.ci95)},
@@ -61,7 +64,8 @@ class Specialization(NamedTuple):
 
     def reading(self) -> str:
         """One sentence: how fast, how far, and whether more steps hurt."""
-        steps, more = self.num_steps, len(self.query_loss.mean) - 1 - self.num_steps
+        steps, more = self.num_steps, self.steps[-1] - self.num_steps
+        last = self.steps.index(steps)
         if not np.isfinite(self.query_loss.mean).all():
             return "how specialized the start is cannot be said: the inner loop diverges on some tasks"
         if np.isnan(self.first_step):
@@ -74,7 +78,7 @@ class Specialization(NamedTuple):
         else:
             speed = f"the first of {steps} steps brings {100 * self.first_step:.0f} % of the gain"
         parts = [speed]
-        far = {name: curve.mean[steps] for name, curve in self.moved.items() if name not in self.from_zero}
+        far = {name: curve.mean[last] for name, curve in self.moved.items() if name not in self.from_zero}
         if far:
             name = max(far, key=lambda part: far[part])
             most = f", most in {name} ({100 * far[name]:.1f} %)" if len(far) > 1 else ""
@@ -98,6 +102,7 @@ def specialization(
     num_tasks: int = 200,
     num_steps: int | None = None,
     beyond: int | None = None,
+    every: int | None = None,
     task_chunk: int = 1,
 ) -> Specialization:
     """How specialized a meta-learned start is: to one step, to its horizon, to a class.
@@ -110,9 +115,10 @@ def specialization(
         sample_task: as in `evaluate`; the tasks are the same for the same key.
         num_steps: K; the solver's own when left out.
         beyond: further steps; as many again when left out.
+        every: as in `evaluate`, of the steps up to K and of those beyond.
 
     Raises:
-        ValueError: for a solver without steps, `num_steps` below 1, or fewer than 2 tasks.
+        ValueError: for a solver without steps, `num_steps` or `every` below 1, or fewer than 2 tasks.
 
     Cost: that of `evaluate` with K + beyond steps.
 
@@ -132,10 +138,13 @@ def specialization(
         raise ValueError(f"num_steps must be at least 1 to see what adaptation does, got {steps}")
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be at least 2 for a confidence interval, got {num_tasks}")
-    longer = with_num_steps(learner, steps + (steps if beyond is None else beyond))
+    beyond = steps if beyond is None else beyond
+    longer = with_num_steps(learner, steps + beyond)
+    shown = (*shown_steps(steps, every), *(steps + n for n in shown_steps(beyond, every)[1:]))
+    last = shown.index(steps)
 
     run = over_tasks(
-        lambda meta, task, key: _figures(longer, meta, task, key),
+        lambda meta, task, key: _figures(longer, meta, task, key, shown),
         sample_task,
         num_tasks,
         task_chunk=task_chunk,
@@ -143,7 +152,7 @@ def specialization(
     found = jax.tree.map(lambda *parts: np.concatenate(parts), *run(meta, key))
     start = found.pop(_START)
     query = interval(found["query_loss"])
-    gain = query.mean[0] - query.mean[steps]
+    gain = query.mean[0] - query.mean[last]
     from_zero = tuple(name for name, norm in start["norms"].items() if not np.all(norm))
     moved = {
         name: interval(far if name in from_zero else far / start["norms"][name][:, None])
@@ -153,26 +162,30 @@ def specialization(
     return Specialization(
         num_tasks=num_tasks,
         num_steps=steps,
+        steps=shown,
         query_loss=query,
         support_loss=interval(found["support_loss"]),
         moved=moved,
         from_zero=from_zero,
         first_step=float((query.mean[0] - query.mean[1]) / gain) if gain > 0 else float("nan"),
-        beyond=interval(found["query_loss"][:, -1] - found["query_loss"][:, steps]),
+        beyond=interval(found["query_loss"][:, -1] - found["query_loss"][:, last]),
         entropy=float("nan") if entropy is None else float(entropy.mean()),
     )
 
 
-def _figures(learner: Learner, meta: Meta, task: Task, key: Key) -> dict[str, Any]:
-    """Losses and distances of one task along adaptation, `[steps + 1]` each, and its start."""
+def _figures(learner: Learner, meta: Meta, task: Task, key: Key, steps: tuple[int, ...]) -> dict[str, Any]:
+    """Losses and distances of one task along adaptation, `[points]` each, and its start."""
     problem = learner.problem
     inner_key, outer_key = split_keys(key)
     first = problem.init(meta, jax.random.split(inner_key)[0])  # where `along_adaptation` starts too
 
     def read(params):
         away = jax.tree.map(lambda now, then: now - then, params, first)
+        # A metric "loss" is the outer loss without dropout's noise, which would hide small differences.
+        quiet = problem_metrics(problem, params, meta, task, outer_key)
+        noisy = problem.outer_loss(params, meta, task.query, outer_key)
         return {
-            "query_loss": problem.outer_loss(params, meta, task.query, outer_key),
+            "query_loss": quiet.get("query_loss", noisy),
             "support_loss": problem.inner_loss(params, meta, task.support, outer_key),
             "moved": _norms(away),
         }
@@ -181,7 +194,7 @@ def _figures(learner: Learner, meta: Meta, task: Task, key: Key) -> dict[str, An
     x, labels = task.query if isinstance(task.query, tuple) and len(task.query) == 2 else (None, None)
     if learner.predict is not None and labels is not None and _whole(labels):
         start["entropy"] = _entropy(learner.predict(first, meta, x))
-    return {_START: start, **along_adaptation(learner, meta, task, key, read)}
+    return {_START: start, **along_adaptation(learner, meta, task, key, read, steps)}
 
 
 def _whole(labels: Any) -> bool:
