@@ -9,6 +9,7 @@ import pytest
 import bilevel as bl
 from bilevel.hypergrad import FirstOrder, Mixed, MultiStep
 from bilevel.learners import Fixed, PerLayerPerStep, PerParameter, cross_entropy, mean_squared_error
+from bilevel.recipes.maml import clipped
 from bilevel.testing import assert_close, assert_derivative, assert_trees_close
 
 KEY = jax.random.key(0)
@@ -28,11 +29,32 @@ LEARNERS = {
     "maml": {"rates": 0.1},
     "meta-sgd": {"rates": PerParameter(0.1)},
     "per-layer-per-step": {"rates": PerLayerPerStep(0.1)},
+    "meta-sgd-clipped": {"rates": PerParameter(0.1), "clip": 0.05},
     "anil": {"rates": 0.1, "adapt": "head"},
     "anil-meta-sgd": {"rates": PerParameter(0.1), "adapt": "head"},
     "anil-per-layer-per-step": {"rates": PerLayerPerStep(0.1), "adapt": "hidden_0"},
     "multi-step": {"rates": PerLayerPerStep(0.1), "estimator": MultiStep()},
 }
+
+
+def test_an_inner_gradient_is_clipped_before_the_rates():
+    learner = bl.maml(NET, mean_squared_error, rates=PerParameter(0.5), clip=1e-3)
+    meta = learner.init_meta(KEY)
+    adapted = bl.adapt(learner, meta, regression_task(), KEY)
+    moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, adapted, meta["init"]))
+    np.testing.assert_allclose(moved, 0.5e-3, rtol=1e-4)
+    with pytest.raises(ValueError, match="clip must be above 0, or None for no clipping, got 0"):
+        bl.maml(NET, mean_squared_error, clip=0)
+
+
+def test_the_hypergradient_is_clipped_where_it_is_asked_for():
+    grad, meta = {"init": jnp.array([30.0, 40.0])}, {"init": jnp.zeros(2)}
+    optimizer = clipped(optax.sgd(1.0), 5.0)
+    np.testing.assert_allclose(optimizer.update(grad, optimizer.init(meta), meta)[0]["init"], [-3.0, -4.0])
+    plain = optax.sgd(1.0)
+    assert clipped(plain, None) is plain
+    with pytest.raises(ValueError, match=r"--maml.outer-clip must be above 0, got -1"):
+        clipped(plain, -1)
 
 
 @pytest.mark.parametrize("name", LEARNERS)

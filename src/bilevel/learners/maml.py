@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bilevel.hypergrad import Mixed
@@ -32,7 +33,12 @@ class Fixed:
 
 @dataclass(frozen=True)
 class PerParameter:
-    """A learned inner learning rate for every single parameter, Meta-SGD (Li et al., 2017)."""
+    """A learned inner learning rate for every single parameter, Meta-SGD (Li et al., 2017).
+
+    As in the paper the rates are free to fall below zero: together they are the direction of the step, which
+    then leaves that of the gradient and may climb along some parameters. It is only trained for the steps of
+    training; further ones may diverge. `rate_figures` says how many are negative.
+    """
 
     value: float
 
@@ -83,6 +89,7 @@ def maml(
     num_steps: int = 1,
     rates: float | Fixed | PerParameter | PerLayerPerStep = 0.4,
     adapt: str | AllBut = "all",
+    clip: float | None = None,
     estimator: Estimator | None = None,
 ) -> Learner:
     """Model-agnostic meta-learning: learn an initialization from which a few gradient steps suffice.
@@ -103,6 +110,8 @@ def maml(
             `PerLayerPerStep(rate)` for the learned rates of MAML++.
         adapt: what the inner loop adapts: "all", the name of one top-level entry of the parameters, or
             `AllBut(name)`.
+        clip: the largest norm of an inner gradient, over all that is adapted; a longer one is scaled to it
+            before the rates multiply it, in training and after. Learned rates over several steps may need it.
         estimator: `Mixed()` by default; `FirstOrder()` makes FOMAML, `MultiStep(n)` the loss of MAML++.
 
     Returns:
@@ -110,6 +119,7 @@ def maml(
 
     Raises:
         TypeError: when `rates` or `adapt` is none of these.
+        ValueError: when `clip` is not above 0.
         KeyError: at `init_meta`, when `adapt` names no entry of the parameters.
 
     Cost: that of the estimator. Exact with `Mixed()`; biased with `FirstOrder()`.
@@ -132,6 +142,9 @@ def maml(
     if not isinstance(adapt, str | AllBut):
         raise TypeError(f'maml\'s adapt must be "all", the name of an entry or AllBut(name), got {adapt!r}')
 
+    if clip is not None and not clip > 0:
+        raise ValueError(f"maml's clip must be above 0, or None for no clipping, got {clip}")
+
     def init_meta(key):
         init = net.init(key)
         learned = rates.init(adapted(init, adapt), num_steps)
@@ -144,8 +157,40 @@ def maml(
         # What is not adapted is read from meta, so no inner gradient is spent on it.
         assemble=lambda params, meta, x: (params if adapt == "all" else {**meta["init"], **params}, x),
     )
-    solver = Gradient(lambda meta: rates.optimizer(meta.get("rates")), num_steps)
+
+    def optimizer(meta):
+        descent = rates.optimizer(meta.get("rates"))
+        return descent if clip is None else optax.chain(optax.clip_by_global_norm(clip), descent)
+
+    solver = Gradient(optimizer, num_steps)
     return Learner(problem, solver, estimator or Mixed(), init_meta, predict)
+
+
+def rate_figures(meta: Any) -> dict[str, float]:
+    """What the learned inner rates came to: nothing where none are learned.
+
+    Args:
+        meta: of `maml`, learned rates under "rates".
+
+    Returns:
+        The share of rates below zero, the smallest, the median and the largest.
+
+    >>> meta = {"init": 0.0, "rates": {"w": jnp.array([-0.1, 0.2, 0.3, 0.4])}}
+    >>> rate_figures(meta)["share of inner rates below 0"]
+    0.25
+    >>> rate_figures({"init": 0.0})
+    {}
+    """
+    leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(meta.get("rates"))]
+    if not leaves:
+        return {}
+    rates = np.concatenate(leaves)
+    return {
+        "share of inner rates below 0": float((rates < 0).mean()),
+        "smallest inner rate": float(rates.min()),
+        "median inner rate": float(np.median(rates)),
+        "largest inner rate": float(rates.max()),
+    }
 
 
 def boil(net: Net, loss: Callable, *, head: str = "head", **options: Any) -> Learner:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel as bl
+from bilevel.learners.maml import rate_figures
 from bilevel.learners.supervised import supervised
 from bilevel.nets import Net
 from bilevel.problem import Learner
@@ -161,4 +162,5 @@ class LearnedAugmentation:
             ),
             eval_steps=self.num_steps,
             scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
+            meta_figures=rate_figures,
         )

@@ -6,6 +6,7 @@ from typing import Literal
 import optax
 
 import bilevel as bl
+from bilevel.learners.maml import rate_figures
 from bilevel.recipes.experiment import Experiment
 from bilevel.recipes.few_shot import FewShotData
 from bilevel.recipes.maml import Maml, outer_optimizer
@@ -44,7 +45,8 @@ class MamlOmniglot:
         loss = bl.learners.cross_entropy
         return self.task.experiment(
             self.maml.learner(net, loss),
-            outer_optimizer(self.learning_rate, self.num_meta_steps, self.weight_decay),
+            outer_optimizer(self.learning_rate, self.num_meta_steps, self.weight_decay, self.maml.outer_clip),
             eval_steps=self.eval_steps,
             scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
+            meta_figures=rate_figures,
         )

@@ -6,6 +6,7 @@ from typing import Literal
 import optax
 
 import bilevel as bl
+from bilevel.learners.maml import rate_figures
 from bilevel.learners.maml_plus_plus import maml_plus_plus
 from bilevel.nets.norms import SupportNorm
 from bilevel.recipes.experiment import Experiment
@@ -90,6 +91,7 @@ class MamlPlusPlus:
                 "layer": "layer norm",
             }[self.norm],
             scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 20),
+            meta_figures=rate_figures,
             **more,
         )
 

@@ -6,8 +6,9 @@ from functools import partial
 import optax
 
 import bilevel as bl
+from bilevel.learners.maml import rate_figures
 from bilevel.recipes.experiment import Experiment
-from bilevel.recipes.maml import Maml
+from bilevel.recipes.maml import Maml, clipped
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class MamlSinusoid:
         sample = partial(bl.tasks.sinusoid, shots=self.shots, queries=self.queries)
         return Experiment(
             learner=self.maml.learner(net, loss),
-            optimizer=optax.adam(self.learning_rate),
+            optimizer=clipped(optax.adam(self.learning_rate), self.maml.outer_clip),
             sample_tasks=bl.tasks.batch(sample, self.num_tasks),
             # Many query points measure the error over the whole interval, not at ten places.
             sample_test=partial(bl.tasks.sinusoid, shots=self.shots, queries=100),
@@ -54,4 +55,5 @@ class MamlSinusoid:
             eval_tasks=self.eval_tasks,
             scratch=bl.learners.from_scratch(net, loss, optax.adam(1e-2), 50),
             pictures="regression",
+            meta_figures=rate_figures,
         )
