@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bilevel.tasks import FewShot, batch
+from bilevel.tasks.few_shot import _checked_images, _in_order
 
 
 def coded(counts, shuffle=True):
@@ -19,6 +20,21 @@ def coded(counts, shuffle=True):
 def draw(few_shot, num_tasks, seed=0):
     keys = jax.random.split(jax.random.key(seed), num_tasks)
     return jax.jit(lambda f, keys: jax.vmap(f)(keys))(few_shot, keys)
+
+
+def test_pictures_in_order_of_their_classes_are_not_copied_on_the_host(tmp_path):
+    np.save(tmp_path / "images.npy", np.arange(12 * 16, dtype=np.uint8).reshape(12, 4, 4, 1))
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    labels = np.arange(12) // 3
+    assert np.shares_memory(_in_order(_checked_images(mapped), labels)[0], mapped)
+    assert _in_order(mapped, labels[::-1])[0][:3].tolist() == mapped[9:].tolist()
+
+
+def test_what_is_written_to_the_arrays_later_does_not_reach_the_tasks():
+    images, labels = np.ones((4, 8, 8, 16), np.uint8), np.arange(4, dtype=np.int32) // 2
+    few_shot = FewShot(images, labels, ways=2, shots=1, queries=1)
+    images[:], labels[:] = 0, 0
+    assert few_shot.images.min() == 1 and few_shot.labels.tolist() == [0, 0, 1, 1]
 
 
 def test_support_and_query_are_disjoint_and_labelled_alike():
@@ -69,7 +85,7 @@ def test_rotations_are_classes_of_their_own():
     images[:, :, 1:] |= 16
     few_shot = FewShot(images, np.arange(12) // 3, ways=16, shots=1, queries=2, rotations=True)
     assert few_shot.num_classes == 16
-    task = few_shot(jax.random.key(0))
+    task = jax.jit(few_shot)(jax.random.key(0))
     seen = set()
     for label in range(16):
         parts = [part[0][part[1] == label] for part in (task.support, task.query)]

@@ -21,7 +21,8 @@ class FewShot:
     """Draw tasks of `ways` classes with `shots` support and `queries` query examples of each.
 
     Classes are drawn without repeats, examples of a class too, so support and query share none.
-    The data stay on the device, pictures of integers as uint8; a task is cut out of them there.
+    The data stay on the device, pictures of integers as uint8; a task is cut out of them there. Pictures in
+    order of their classes, as those of a stored set are, go there without a copy on the host.
     It is a pytree: pass it to compiled functions as an argument and the data are not copied into
     the program.
 
@@ -64,14 +65,13 @@ class FewShot:
             raise ValueError(
                 f"rotations need square pictures [N, H, H, C], got images of shape {images.shape}"
             )
-        order = np.argsort(labels, kind="stable")
-        images, labels = images[order], labels[order]
+        images, labels = _in_order(images, labels)
         classes, starts, counts = np.unique(labels, return_index=True, return_counts=True)
         self._check_supply(classes, counts)
         arrays = (images, labels, starts, counts)
         for name, array in zip(_ARRAYS, arrays, strict=True):
-            dtype = jnp.int32 if name != "images" else None
-            object.__setattr__(self, name, jnp.asarray(array, dtype))
+            # `array` copies: what the caller writes to his own later must not reach the tasks.
+            object.__setattr__(self, name, jnp.array(array, None if name == "images" else jnp.int32))
 
     def _check_supply(self, classes: np.ndarray, counts: np.ndarray):
         available = len(classes) * (4 if self.rotations else 1)
@@ -120,6 +120,14 @@ def _turn(images: jax.Array, turns: jax.Array) -> jax.Array:
     """Rotate pictures [n, H, H, C] by `turns` right angles."""
     rotations = [partial(jnp.rot90, k=k, axes=(1, 2)) for k in range(4)]
     return jax.lax.switch(turns, rotations, images)
+
+
+def _in_order(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted by class; the arrays themselves where they are, for they may be larger than the memory."""
+    if (labels[1:] >= labels[:-1]).all():
+        return images, labels
+    order = np.argsort(labels, kind="stable")
+    return images[order], labels[order]
 
 
 def _checked_images(images: ArrayLike) -> np.ndarray:
