@@ -137,8 +137,7 @@ def test_folders_beside_splits_are_refused(by_split, out):
 # Lists
 
 
-@pytest.mark.parametrize("place", ["images", "."])
-@pytest.mark.parametrize("lists", ["beside", "apart"])
+@pytest.mark.parametrize(("place", "lists"), [("images", "beside"), (".", "apart"), ("images", "apart")])
 def test_lists_of_pictures(tmp_path, out, place, lists):
     """The split files of Ravi and Larochelle, with pictures of all classes in one folder."""
     root = tmp_path / "data"
@@ -162,6 +161,64 @@ def test_lists_of_pictures(tmp_path, out, place, lists):
     (root / place / "dog1.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"test.csv names dog1.png of class dog, which is not in"):
         convert(root, tmp_path / "b", splits=None if lists == "beside" else where)
+
+
+def test_lists_of_pictures_in_folders_of_their_classes(tmp_path, out):
+    root = tmp_path / "data"
+    for split, names in BY_SPLIT.items():
+        lines = "".join(f"{name}{i}.png,{name}\n" for name in names for i in range(3))
+        for name in names:
+            for i in range(3):
+                save(root / "images" / name / f"{name}{i}.png", picture(name, i))
+        (root / f"{split}.csv").write_text("\ufefffilename,label\n" + lines, encoding="utf-8")
+    convert(root, out)
+    assert_holds(out)
+
+
+@pytest.mark.parametrize("every_class_named", [True, False])
+def test_lists_of_json_name_paths_of_another_machine(tmp_path, out, every_class_named):
+    """As the code of "A closer look at few-shot classification" leaves them."""
+    root = tmp_path / "filelists" / "CUB"
+    label = 0
+    for split, names in (("base", BY_SPLIT["train"]), ("val", BY_SPLIT["val"]), ("novel", BY_SPLIT["test"])):
+        lists = {
+            "label_names": list(NAMES) if every_class_named else names,
+            "image_names": [],
+            "image_labels": [],
+        }
+        for name in names:
+            for i in range(3):
+                save(root / "CUB_200_2011" / "images" / name / f"{i}.png", picture(name, i))
+                lists["image_names"].append(f"/home/they/filelists/CUB/CUB_200_2011/images/{name}/{i}.png")
+                lists["image_labels"].append(label)
+            label += 1
+        (root / f"{split}.json").write_text(json.dumps(lists))
+    assert convert(root, out).counts() == COUNTS
+    assert_holds(out)
+    (root / "CUB_200_2011" / "images" / "dog" / "1.png").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"novel.json names /home/they/.*dog/1.png, and no end of that"
+    ):
+        convert(root, tmp_path / "b")
+    (root / "base.json").write_text('{"image_names": ["x"], "image_labels": []}')
+    with pytest.raises(
+        ValueError, match=r"base.json must hold image_names and image_labels .*1 image_names and 0"
+    ):
+        convert(root, tmp_path / "b")
+
+
+def test_cifar_fs_as_it_was_published(tmp_path, out):
+    root = tmp_path / "cifar100"
+    (root / "splits" / "bertinetto").mkdir(parents=True)
+    for split, names in BY_SPLIT.items():
+        (root / "splits" / "bertinetto" / f"{split}.txt").write_text("".join(f"{n}\n" for n in names))
+        for name in names:
+            for i in range(3):
+                save(root / "data" / name / f"{i}.png", picture(name, i))
+    with pytest.raises(ValueError, match="cifar-fs has 64 classes and 38400 pictures in train, got 2 and 6"):
+        convert(root, out)
+    assert convert(root, out, partial=True).counts() == COUNTS
+    assert_holds(out)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,19 @@ def test_tiered_imagenet(tmp_path, out, kind):
         convert(root, tmp_path / "b", partial=True)
 
 
+def test_a_png_as_long_as_a_row_of_cifar_is_still_a_png(tmp_path, out):
+    for split, names in BY_SPLIT.items():
+        files = [encoded(p).ljust(3072, b"\0") for p in stacked(names)]
+        dump(
+            tmp_path / "data" / f"{split}_images_png.pkl",
+            [np.frombuffer(f, np.uint8)[:, None] for f in files],
+        )
+        labels = {"label_specific": np.repeat(np.arange(len(names)), 3), "label_specific_str": names}
+        dump(tmp_path / "data" / f"{split}_labels.pkl", labels)
+    convert(tmp_path / "data", out, partial=True)
+    assert_holds(out)
+
+
 FINE = [*cifar._CIFAR_FS["validation"].split()[:2], *cifar._CIFAR_FS["test"].split()[:2], "apple"]
 COARSE = ["aquatic_mammals", "large_carnivores", "insects", "trees", "flowers"]
 

@@ -198,15 +198,19 @@ def _part(path: Path, pictures: Any, labels: np.ndarray, names: list[str], files
     )
 
 
+_FILE_MARKS = (b"\x89PNG", b"\xff\xd8\xff")  # of PNG and JPEG, which may be as long as a row of CIFAR
+
+
 def _picture_from(get: Callable[[], Any]) -> Callable[[int], Any]:
     def picture(i: int) -> Any:
         value = get()[i]
         if isinstance(value, str):  # of Python 2, see `read_pickle`
             return value.encode("latin1")
         if isinstance(value, np.ndarray) and (value.ndim == 1 or value.shape[1:] == (1,)):
-            if value.size == 3072:
+            content = value.tobytes()
+            if value.size == 3072 and not content.startswith(_FILE_MARKS):
                 return value.reshape(3, 32, 32).transpose(1, 2, 0)  # a row of CIFAR
-            return value.tobytes()  # a picture file, as OpenCV encodes it
+            return content  # a picture file, as OpenCV encodes it
         return value
 
     return picture

@@ -54,9 +54,10 @@ def convert(
     """Store pictures of any common form in a folder that `stored`, `load` and `HostFewShot` read.
 
     A path may be: a folder of class folders, with or without splits above them; a folder with train.csv,
-    val.csv and test.csv; mini-imagenet-cache-*.pkl; *_images_png.pkl or *_images.npz of tiered-ImageNet; the
-    pickles of CIFAR-FS and FC100; cifar-100-python, unpacked or not; CUB_200_2011; what `save_to_disk` of
-    `datasets` left; an .npz with images and labels. Pickles are read by `read_pickle`, which runs nothing.
+    val.csv and test.csv, or base.json, val.json and novel.json; CIFAR-FS with data/ and splits/;
+    mini-imagenet-cache-*.pkl; *_images_png.pkl or *_images.npz of tiered-ImageNet; the pickles of CIFAR-FS
+    and FC100; cifar-100-python, unpacked or not; CUB_200_2011; what `save_to_disk` of `datasets` left; an
+    .npz with images and labels. Pickles are read by `read_pickle`, which runs nothing.
 
     Args:
         source: a path, a pair (images, labels) of arrays, a dict {split: pair}, or a Hugging Face `Dataset`
@@ -146,6 +147,10 @@ def _from_folder(path: Path, dataset: str, splits: Splits | None, label: str | N
         return "other", folders.listed(path)
     if splits is not None and _lists_pictures(path, splits):
         return "other", folders.listed(path, Path(str(splits)).expanduser())
+    if has("base.json", "novel.json"):
+        return "other", folders.filelists(path)
+    if (path / "data").is_dir() and (path / "splits" / "bertinetto").is_dir():
+        return "cifar-fs", folders.cifar_fs(path, own_splits=splits is None)
     if any(p.is_dir() and not p.name.startswith(".") for p in path.iterdir()):
         return "other", folders.class_folders(path)
     raise FileNotFoundError(

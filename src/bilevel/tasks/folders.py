@@ -1,11 +1,13 @@
-"""Pictures in folders: a folder a class, lists in CSV files, and the layout of CUB."""
+"""Pictures in folders: a folder a class, lists in CSV or JSON files, and the layouts of CUB and CIFAR-FS."""
 
+import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bilevel.tasks.found import ALIASES, Files, Found, join, read_csv
+from bilevel.tasks.found import ALIASES, Files, Found, join, read_csv, split
 from bilevel.tasks.pictures import is_picture
 
 
@@ -63,7 +65,8 @@ def listed(root: Path, lists: Path | None = None) -> Found:
     """Pictures that train.csv, val.csv and test.csv list, in columns filename and label.
 
     Args:
-        root: where the pictures are: `root/images/FILENAME`, `root/FILENAME` or `root/LABEL/FILENAME`.
+        root: where the pictures are: `root/images/FILENAME`, `root/FILENAME`, `root/LABEL/FILENAME` or
+            `root/images/LABEL/FILENAME`.
         lists: the folder of the CSV files; `root` when left out.
 
     Raises:
@@ -86,7 +89,7 @@ def listed(root: Path, lists: Path | None = None) -> Found:
 
 
 def _locate(root: Path, filename: str, label: str, listed_in: Path) -> Path:
-    for place in ("images", ".", label):
+    for place in ("images", ".", label, f"images/{label}"):
         path = root / place / filename
         if path.is_file():
             return _inside(root, path, listed_in)
@@ -94,6 +97,70 @@ def _locate(root: Path, filename: str, label: str, listed_in: Path) -> Path:
         f"{listed_in} names {filename} of class {label}, which is not in {root}/images, {root} or "
         f"{root / label}; the lists and the pictures are of different sets"
     )
+
+
+def filelists(root: Path) -> Found:
+    """Pictures that base.json, val.json and novel.json list, as the code of Chen et al. (2019) writes them.
+
+    Each holds "image_names", "image_labels" and "label_names". The names are paths on the machine that wrote
+    them: a picture is looked for in `root` under ever shorter ends of its path.
+
+    Raises:
+        FileNotFoundError: when a picture is not there.
+        ValueError: when a list is damaged.
+    """
+    parts = {}
+    for path in sorted(root.glob("*.json")):
+        if path.stem not in ALIASES:
+            continue
+        try:
+            lists = json.loads(path.read_text(encoding="utf-8"))
+            names, labels = [str(name) for name in lists["image_names"]], lists["image_labels"]
+            values, places = np.unique(np.asarray(labels, np.int64), return_inverse=True)
+            if not names or len(names) != len(places):
+                raise ValueError(f"{len(names)} image_names and {len(places)} image_labels")
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{path} must hold image_names and image_labels ({why}); write it again"
+            ) from error
+        classes = _label_names(lists.get("label_names"), values)
+        paths = [_end_within(root, name, path) for name in names]
+        parts[ALIASES[path.stem]] = _found(root, paths, places, classes, [None] * len(classes), channels=3)
+    return join(parts, str(root))
+
+
+def _label_names(names: Any, values: np.ndarray) -> list[str]:
+    """The lists name all classes, or those of their split in order, or none."""
+    if isinstance(names, list) and len(names) > values.max():
+        return [str(names[value]) for value in values]
+    if isinstance(names, list) and len(names) == len(values):
+        return [str(name) for name in names]
+    return [str(value) for value in values]
+
+
+def _end_within(root: Path, name: str, listed_in: Path) -> Path:
+    parts = [part for part in Path(name).parts if part != Path(name).anchor]
+    for start in range(len(parts)):
+        path = root.joinpath(*parts[start:])
+        if path.is_file():
+            return _inside(root, path, listed_in)
+    raise FileNotFoundError(
+        f"{listed_in} names {name}, and no end of that path is in {root}; put the lists beside the pictures"
+    )
+
+
+def cifar_fs(root: Path, own_splits: bool = True) -> Found:
+    """CIFAR-FS as Bertinetto et al. (2019) pack it: data/CLASS/x.png and splits/bertinetto/train.txt, ...
+
+    Args:
+        own_splits: whether its lists say which class goes where.
+
+    Raises:
+        FileNotFoundError, ValueError: see `class_folders` and `read_splits`.
+    """
+    found = class_folders(root / "data")
+    return split(found, root / "splits" / "bertinetto") if own_splits else found
 
 
 def cub(root: Path) -> Found:

@@ -25,6 +25,9 @@ ALIASES = {
     "test": "test",
     "testing": "test",
     "novel": "test",
+    "meta-train": "train",
+    "meta-val": "validation",
+    "meta-test": "test",
 }
 _SPLIT_SEED = 0
 
@@ -231,7 +234,7 @@ def read_csv(path: Path) -> list[tuple[str, str]]:
         ValueError: when the columns are others, or a row is cut off.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
             rows = list(csv.DictReader(file))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV ({error}); write columns filename,label") from error
