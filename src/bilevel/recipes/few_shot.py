@@ -42,6 +42,8 @@ class FewShotData:
     """Get Omniglot's official archives into the cache folder when no data is found."""
     validation_classes: int = 0
     """Training classes of Omniglot kept apart for --validation.every; the other sets have their own."""
+    train_classes: int | None = None
+    """Of Omniglot's training classes, only this many and unturned, as where data are few."""
     rotations: bool = False
     """Of a stored set: let every training class turned by 90, 180 and 270 degrees be one of its own."""
     keep: Literal["device", "host"] = "device"
@@ -54,6 +56,8 @@ class FewShotData:
             )
         if self.keep == "host" and self.dataset != "stored":
             raise ValueError(f"--task.keep host is for --task.dataset stored, got {self.dataset}")
+        if self.train_classes is not None and self.dataset != "omniglot":
+            raise ValueError(f"--task.train-classes is for --task.dataset omniglot, got {self.dataset}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -74,12 +78,15 @@ class FewShotData:
         if self.dataset == "stored":
             turned = self.rotations and split == "train"
             return bl.tasks.stored(split, *sizes, self._folder(), turned)
-        if split == "test" or not self.validation_classes:
-            return bl.tasks.omniglot(split, *sizes, self.data, self.download)
-        rest, held = bl.tasks.hold_out(
-            bl.tasks.omniglot("train", *sizes, self.data, self.download), self.validation_classes
+        found = bl.tasks.omniglot("test" if split == "test" else "train", *sizes, self.data, self.download)
+        if split == "test":
+            return found
+        rest, held = (
+            bl.tasks.hold_out(found, self.validation_classes) if self.validation_classes else (found, found)
         )
-        return rest if split == "train" else held
+        if split == "validation":
+            return held
+        return rest if self.train_classes is None else bl.tasks.hold_out(rest, self.train_classes)[1]
 
     def training(self) -> Callable[[Key], Task]:
         """Batches of training tasks."""
@@ -144,7 +151,9 @@ class FewShotData:
         if self.dataset == "glyphs":
             return "1000 unseen classes of glyphs"
         if self.dataset == "omniglot":
-            trained = 1200 - self.validation_classes
-            return f"Omniglot, 423 unseen classes ({trained} with rotations in training)"
+            trained = f"{1200 - self.validation_classes} with rotations"
+            if self.train_classes is not None:
+                trained = f"{self.train_classes}"
+            return f"Omniglot, 423 unseen classes ({trained} in training)"
         stored = bl.tasks.open_stored(self._folder())
         return f"{stored.source}, {stored.counts()['test'][0]} unseen classes"
