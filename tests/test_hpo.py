@@ -205,11 +205,18 @@ def test_each_layer_and_each_strength_is_learned_by_itself(digits):
     weak = jax.tree.map(lambda leaf: jnp.full_like(leaf, -30.0), meta)
     params, key = learner.problem.init(meta, KEY), jax.random.key(7)
     loss = jax.jit(lambda meta: learner.problem.inner_loss(params, meta, task.support, key))
-    x, y = drawn(task.support, 16, jax.random.split(key)[0])
-    expected = bl.learners.cross_entropy(learner.predict(params, meta, x), y)[0]
+
+    @jax.jit
+    def plain(params, meta):
+        x, y = drawn(task.support, 16, jax.random.split(key)[0])
+        return bl.learners.cross_entropy(learner.predict(params, meta, x), y)[0]
+
+    expected = plain(params, meta)
     np.testing.assert_allclose(loss(weak), expected, rtol=1e-4)  # changes of no strength are none
     for name in STRENGTHS:
-        alone = {"log_strength": weak["log_strength"] | {name: jnp.log(0.3)}}
+        # Of the very type that θ has: another would compile the loss anew.
+        strong = jnp.full_like(weak["log_strength"][name], np.log(0.3))
+        alone = {"log_strength": weak["log_strength"] | {name: strong}}
         assert abs(loss(alone) - expected) > 1e-4, name
 
 

@@ -82,7 +82,9 @@ def test_meta_step_is_the_optimizer_on_the_mean():
     state, tasks = start(LEARNER, optimizer), SAMPLE(jax.random.key(1))
     after, metrics = jax.jit(lambda s, t: bl.meta_step(LEARNER, optimizer, s, t))(state, tasks)
     key = jax.random.fold_in(state.key, 0)
-    h, _ = mean_hypergradient(LEARNER, state.meta, tasks, state.estimator_state, key)
+    h, _ = jax.jit(lambda meta: mean_hypergradient(LEARNER, meta, tasks, state.estimator_state, key))(
+        state.meta
+    )
     updates, _ = optimizer.update(h.grad, state.opt_state, state.meta)
     assert_trees_close("meta", after.meta, optax.apply_updates(state.meta, updates), 1e-4)
     assert_close("loss", metrics.scalars["outer_loss"], h.value, 1e-5)

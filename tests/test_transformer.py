@@ -13,6 +13,7 @@ from bilevel.testing import assert_close, assert_derivative, assert_trees_close
 
 KEY = jax.random.key(0)
 NET = transformer(vocab_size=7, width=6, num_layers=2, num_heads=2, max_length=5, mlp_ratio=2)
+APPLY = jax.jit(NET.apply)
 TOKENS = jnp.array([[1, 4, 2, 0, 6], [3, 3, 5, 1, 0]])
 
 
@@ -66,16 +67,16 @@ def test_it_computes_its_formula(x64, tied):
 
 def test_it_is_causal():
     params = moved(NET)
-    before = NET.apply(params, TOKENS)
+    before = APPLY(params, TOKENS)
     for t in range(5):
-        after = NET.apply(params, TOKENS.at[:, t].add(1) % 7)
+        after = APPLY(params, TOKENS.at[:, t].add(1) % 7)
         changed = np.any(np.asarray(before != after), axis=(0, 2))
         assert not np.any(changed[:t]) and np.all(changed[t:])
 
 
 def test_a_shorter_sequence_is_a_prefix():
     params = moved(NET)
-    assert_close("logits", NET.apply(params, TOKENS[:, :3]), NET.apply(params, TOKENS)[:, :3], 1e-5)
+    assert_close("logits", APPLY(params, TOKENS[:, :3]), APPLY(params, TOKENS)[:, :3], 1e-5)
 
 
 def test_activations_start_at_unit_size():
@@ -111,7 +112,7 @@ def test_second_derivatives(x64):
 def test_under_a_batch_of_weights():
     params = jax.vmap(NET.init)(jax.random.split(KEY, 2))
     together = jax.jit(jax.vmap(NET.apply, (0, None)))(params, TOKENS)
-    one = NET.apply(jax.tree.map(lambda leaf: leaf[1], params), TOKENS)
+    one = APPLY(jax.tree.map(lambda leaf: leaf[1], params), TOKENS)
     assert_close("second", together[1], one, 1e-5)
 
 
