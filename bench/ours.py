@@ -45,16 +45,6 @@ def sinusoid(args) -> tuple[str, bl.Learner, dict, bl.Task]:
 def omniglot(args) -> tuple[str, bl.Learner, dict, bl.Task]:
     """32 tasks, 5-way 1-shot, 15 queries a class, conv4 of 64 filters, inner rate 0.4."""
     net = bl.nets.conv4(ways=5, filters=64, compute_dtype=args.compute_dtype)
-    blocks, (head, bias) = data.conv4_weights()
-    # The bias of a convolution before batch norm has no effect: conv4 has none.
-    init = {
-        f"block_{i}": {
-            "w": kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1),
-            "scale": np.ones(len(kernel), np.float32),
-            "bias": np.zeros(len(kernel), np.float32),
-        }
-        for i, (kernel, _) in enumerate(blocks)
-    }
     learner = bl.maml(
         net,
         bl.learners.cross_entropy,
@@ -64,7 +54,22 @@ def omniglot(args) -> tuple[str, bl.Learner, dict, bl.Task]:
     )
     name = f"Omniglot MAML, 32 tasks, 5-way 1-shot, conv4, {args.inner_steps} inner step(s)"
     channels_last = [(np.moveaxis(x, 2, -1), y.astype(np.int32)) for x, y in data.omniglot()]
-    return name, learner, {"init": {**init, "head": {"w": head.T, "b": bias}}}, bl.Task(*channels_last)
+    return name, learner, {"init": conv4_weights()}, bl.Task(*channels_last)
+
+
+def conv4_weights(filters: int = 64, ways: int = 5) -> dict:
+    """The peers' initial weights in conv4's layout."""
+    blocks, (head, bias) = data.conv4_weights(filters, ways)
+    # The bias of a convolution before batch norm has no effect: conv4 has none.
+    init = {
+        f"block_{i}": {
+            "w": kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1),
+            "scale": np.ones(len(kernel), np.float32),
+            "bias": np.zeros(len(kernel), np.float32),
+        }
+        for i, (kernel, _) in enumerate(blocks)
+    }
+    return {**init, "head": {"w": head.T, "b": bias}}
 
 
 def fixed(tasks: bl.Task):

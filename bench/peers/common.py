@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 INSTALL = "python3 -m venv .venv-peers && .venv-peers/bin/pip install -r bench/peers/requirements.txt"
 WARM_UP = 3
@@ -27,6 +28,9 @@ def require(module: str):
 torch = require("torch")
 
 
+ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
+
+
 @dataclass(frozen=True)
 class Work:
     """A meta-learning problem with fixed data, so that sampling is outside the timing.
@@ -39,6 +43,7 @@ class Work:
         query: pair of tensors with the tasks on the first axis.
         inner_lr: rate of the inner SGD.
         inner_steps: number of inner SGD steps.
+        optimizer: `optimizer(parameters) -> the outer optimizer`.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Work:
     query: tuple
     inner_lr: float
     inner_steps: int
+    optimizer: Callable = ADAM
 
     @property
     def num_tasks(self) -> int:
@@ -95,20 +101,20 @@ def make_gradient(ways: dict, work: Work, setting: Setting):
     return net, way.build(net, work, support, query)
 
 
-def _make_step(ways: dict, work: Work, setting: Setting) -> Callable[[], float]:
+def make_step(ways: dict, work: Work, setting: Setting) -> Callable[[], float]:
     net, gradient = make_gradient(ways, work, setting)
-    adam = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+    outer = work.optimizer([p for p in net.parameters() if p.requires_grad])
 
     def step() -> float:
-        adam.zero_grad()
+        outer.zero_grad()
         loss = gradient()
-        adam.step()
+        outer.step()
         return loss.item()
 
     return step
 
 
-def _milliseconds(step: Callable, repeats: int) -> list[float]:
+def milliseconds(step: Callable, repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -136,10 +142,10 @@ def tune(candidates: list[Setting], ways: dict, work: Work, verbose: bool) -> Se
         return candidates[0]
     least = {}
     for setting in candidates:
-        step = _make_step(ways, work, setting)
+        step = make_step(ways, work, setting)
         # A short step is repeated more often, since its time is noisier.
-        repeats = 2 if min(_milliseconds(step, 2)) > 100 else 20
-        least[setting] = min(_milliseconds(step, repeats))
+        repeats = 2 if min(milliseconds(step, 2)) > 100 else 20
+        least[setting] = min(milliseconds(step, repeats))
         if verbose:
             print(f"{least[setting]:9.2f} ms  {setting}", file=sys.stderr)
     return min(least, key=least.get)
@@ -148,9 +154,9 @@ def tune(candidates: list[Setting], ways: dict, work: Work, verbose: bool) -> Se
 def measure(args, ways: dict, work: Work, images: bool) -> dict:
     """Tunes the peer, then times its outer steps."""
     setting = tune(settings(args, ways, images), ways, work, args.verbose)
-    step = _make_step(ways, work, setting)
+    step = make_step(ways, work, setting)
     losses = [step() for _ in range(WARM_UP)]
-    times = _milliseconds(step, args.repeats)
+    times = milliseconds(step, args.repeats)
     return {
         "peer": args.peer,
         "work": work.name,
@@ -171,7 +177,7 @@ def flat_gradient(ways: dict, work: Work, setting: Setting):
     """The outer loss and the outer gradient as one float64 vector."""
     net, gradient = make_gradient(ways, work, setting)
     loss = gradient().item()
-    return loss, torch.cat([p.grad.reshape(-1) for p in net.parameters()]).double()
+    return loss, torch.cat([p.grad.reshape(-1) for p in net.parameters() if p.requires_grad]).double()
 
 
 def check(args, ways: dict, plain: dict, work: Work, images: bool) -> dict:

@@ -1,6 +1,58 @@
 """Fixed batches and initial weights in numpy alone, so that another library can time the same."""
 
+from dataclasses import dataclass, replace
+
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The work of a learner's outer step: its tasks, its inner steps and their rate."""
+
+    num_tasks: int = 16
+    shots: int = 1
+    queries: int = 1
+    ways: int = 5
+    inner_steps: int = 1
+    rate: float = 0.4
+    filters: int = 64
+    noise: float = 0.3  # over the pictures; without enough of it a loss is 0, and says nothing
+
+
+ONE_LARGE = Sizes(num_tasks=1, queries=5, ways=20, inner_steps=0, noise=3.0)
+
+# Sizes as the recipes train, where they are not so large that a benchmark would take long.
+LEARNERS = {
+    "MAML": Sizes(),
+    "FOMAML": Sizes(),
+    "ANIL": Sizes(inner_steps=5),
+    "BOIL": Sizes(),
+    "Meta-SGD": Sizes(),
+    "MAML++": Sizes(num_tasks=4, inner_steps=5, rate=0.1),
+    "Reptile": Sizes(num_tasks=5, shots=2, inner_steps=5, rate=1e-3),
+    "iMAML": Sizes(num_tasks=4, inner_steps=5, rate=0.1),
+    "CAVIA": Sizes(inner_steps=2, rate=1.0),
+    "ProtoNet": ONE_LARGE,
+    "MatchingNet": ONE_LARGE,
+    "R2-D2": ONE_LARGE,
+}
+
+
+def sizes(learner: str, small: bool = False) -> Sizes:
+    """The work of a learner, or one that shows in seconds whether all compute the same."""
+    whole = LEARNERS[learner]
+    return replace(whole, num_tasks=min(2, whole.num_tasks), filters=8) if small else whole
+
+
+def batches(sizes: Sizes):
+    """The support and query sets of a learner's tasks."""
+    return omniglot(sizes.num_tasks, sizes.ways, sizes.shots, sizes.queries, sizes.noise)
+
+
+IMAML_STRENGTH, IMAML_CG_STEPS = 2.0, 5
+CONTEXT = 100  # CAVIA's numbers
+COSINE_SCALE = 10.0  # MatchingNet's
+RIDGE_SCALE = 5.0  # R2-D2's of the logits; its penalty starts at 1
 
 
 def dense(rng, fan_in: int, fan_out: int):
@@ -27,7 +79,7 @@ def mlp_weights():
     return [dense(rng, *sizes) for sizes in ((1, 40), (40, 40), (40, 1))]
 
 
-def omniglot(num_tasks: int = 32, ways: int = 5, shots: int = 1, queries: int = 15):
+def omniglot(num_tasks: int = 32, ways: int = 5, shots: int = 1, queries: int = 15, noise: float = 0.3):
     """Random images [num_tasks, ways * n, 1, 28, 28] and labels [num_tasks, ways * n], twice."""
     rng = np.random.default_rng(0)
 
@@ -35,7 +87,7 @@ def omniglot(num_tasks: int = 32, ways: int = 5, shots: int = 1, queries: int = 
         labels = np.tile(np.repeat(np.arange(ways), count), (num_tasks, 1))
         # An image is its class's picture under noise, so that adaptation has something to learn.
         images = pictures[np.arange(num_tasks)[:, None], labels]
-        return (images + 0.3 * rng.random(images.shape)).astype(np.float32), labels
+        return (images + noise * rng.random(images.shape)).astype(np.float32), labels
 
     pictures = (rng.random((num_tasks, ways, 1, 28, 28)) < 0.15).astype(np.float32)
     return part(shots), part(queries)
@@ -52,3 +104,9 @@ def conv4_weights(filters: int = 64, ways: int = 5):
         weight, bias = dense(rng, channels * 9, filters)
         blocks.append((weight.reshape(filters, channels, 3, 3), bias))
     return blocks, dense(rng, filters, ways)
+
+
+def film_weights(filters: int = 64, context: int = CONTEXT):
+    """U and V of CAVIA, [filters, context] each, normal with variance 1 / context."""
+    rng = np.random.default_rng(2)
+    return [(rng.standard_normal((filters, context)) * context**-0.5).astype(np.float32) for _ in range(2)]

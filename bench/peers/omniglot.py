@@ -39,15 +39,19 @@ class ElementaryBatchNorm(nn.Module):
         return (x - mean) * scale + self.bias[:, None, None]
 
 
-def make_net(vmapped: bool = False):
-    """conv4: four blocks of convolution, batch norm and ReLU, then a linear layer to 5 classes."""
-    blocks, (weight, bias) = data.conv4_weights()
+def make_net(vmapped: bool = False, conv_bias: bool = True, filters: int = 64, ways: int = 5):
+    """conv4: four blocks of convolution, batch norm and ReLU, then a linear layer.
+
+    The bias of the convolutions has no effect before a batch norm.
+    """
+    blocks, (weight, bias) = data.conv4_weights(filters, ways)
     layers = []
     with torch.no_grad():
         for kernel, shift in blocks:
-            conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, stride=2, padding=1)
+            conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, stride=2, padding=1, bias=conv_bias)
             conv.weight.copy_(torch.from_numpy(kernel))
-            conv.bias.copy_(torch.from_numpy(shift))
+            if conv_bias:
+                conv.bias.copy_(torch.from_numpy(shift))
             norm = (
                 ElementaryBatchNorm(kernel.shape[0])
                 if vmapped

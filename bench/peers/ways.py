@@ -21,12 +21,12 @@ class Way(NamedTuple):
     vmapped: bool
 
 
-def _tasks(support, query):
+def cut(support, query):
     """The fixed tasks, cut apart once, outside the timing."""
     return list(zip(*support, *query, strict=True))
 
 
-def _looped(each_task: Callable, tasks: list, at_once: bool) -> Callable:
+def looped(each_task: Callable, tasks: list, at_once: bool) -> Callable:
     """A loop over the tasks, with one backward pass for all tasks or one for each."""
 
     def gradient():
@@ -55,7 +55,7 @@ def _torch_loop(net, work: Work, support, query, at_once: bool):
             fast = {k: p - work.inner_lr * g for (k, p), g in zip(fast.items(), grads, strict=True)}
         return work.loss(functional_call(net, fast, (query_x,)), query_y)
 
-    return _looped(each_task, _tasks(support, query), at_once)
+    return looped(each_task, cut(support, query), at_once)
 
 
 def _higher(net, work: Work, support, query, at_once: bool):
@@ -68,7 +68,7 @@ def _higher(net, work: Work, support, query, at_once: bool):
                 diffopt.step(work.loss(fnet(x), y))
             return work.loss(fnet(query_x), query_y)
 
-    return _looped(each_task, _tasks(support, query), at_once)
+    return looped(each_task, cut(support, query), at_once)
 
 
 def _torchopt_meta(net, work: Work, support, query, at_once: bool):
@@ -87,7 +87,7 @@ def _torchopt_meta(net, work: Work, support, query, at_once: bool):
         torchopt.recover_state_dict(inner, optimizer_start)
         return loss
 
-    return _looped(each_task, _tasks(support, query), at_once)
+    return looped(each_task, cut(support, query), at_once)
 
 
 def _task_loss(net, work: Work, update: Callable) -> Callable:
