@@ -12,7 +12,7 @@ Seconds are those of the search alone; of ours a first time, with compilation, a
 Prints a Markdown table, keeps the curves in docs/results/scikit_learn.json, a line a problem, and draws
 docs/scikit_learn.png of all that are kept: with --only the others stay as they were.
 
-    python bench/sklearn_search.py [--quick] [--only digits] [--folder docs]
+    python bench/sklearn_search.py [--quick] [--only digits] [--kinds each] [--folder docs]
     python bench/sklearn_search.py --draw      # the picture again, from what is kept
 """
 
@@ -164,9 +164,9 @@ def random_curve(losses: np.ndarray, finest: int) -> list[tuple[int, float]]:
 
 
 def keep(name: str, outcomes: list[Outcome], path: Path) -> None:
-    """The curves of one problem, in place of what was kept of it."""
+    """The curves of one problem, in place of what was kept of the same ways."""
     kept = read(path)
-    kept[name] = {
+    kept[name] = kept.get(name, {}) | {
         each.way: [[fits, float(f"{loss:.8g}")] for fits, loss in each.curve]
         for each in outcomes
         if each.way in (*INKS, EACH)
@@ -183,7 +183,10 @@ def read(path: Path) -> dict[str, dict[str, list]]:
 
 def draw(kept: dict[str, dict[str, list]], path: Path) -> None:
     """Above: the share by which the validation loss exceeds the best with one value for all features.
-    Below: the same losses as they are, with those of one value a feature."""
+    Below: the same losses as they are, with those of one value a feature. Problems with all ways alone."""
+    kept = {name: curves for name, curves in kept.items() if {*INKS, EACH} <= set(curves)}
+    if not kept:
+        return
     fig, axes = plt.subplots(
         2, len(kept), figsize=(3.3 * len(kept), 5.6), squeeze=False, layout="constrained"
     )
@@ -214,12 +217,12 @@ def draw(kept: dict[str, dict[str, list]], path: Path) -> None:
     fig.savefig(path, dpi=130)
 
 
-def measure(name: str, setting: Setting, quick: bool) -> list[Outcome]:
-    """All ways on one problem, and their rows of the table."""
+def measure(name: str, setting: Setting, kinds: tuple[str, ...], quick: bool) -> list[Outcome]:
+    """These ways on one problem, and their rows of the table."""
     data, finest, found = load(setting), 5 if quick else setting.finest, []
     if quick:
         setting = Setting(setting.data, setting.model, setting.bounds, 5, 5)
-    for kind in KINDS:
+    for kind in kinds:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if kind in ("grid", "random"):
@@ -241,6 +244,7 @@ def main() -> None:
     options.add_argument(
         "--only", nargs="*", default=tuple(SETTINGS), help="settings that contain one of these"
     )
+    options.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="ways; each: one a feature")
     options.add_argument("--draw", action="store_true", help="the picture only, from what is kept")
     options.add_argument("--folder", type=Path, default=Path("docs"))
     args = options.parse_args()
@@ -251,7 +255,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|")
         for name, setting in SETTINGS.items():
             if any(part in name for part in args.only):
-                keep(name, measure(name, setting, args.quick), kept)
+                keep(name, measure(name, setting, tuple(args.kinds), args.quick), kept)
     draw(read(kept), args.folder / "scikit_learn.png")
 
 
