@@ -157,6 +157,23 @@ def ijcnn1(path: Path, test_path: Path) -> Work:
     return logistic("IJCNN1", parts[0], parts[1], 64, (0.1, 0.4, 1.6), (0.3, 3.0, 30.0), 3.0)
 
 
+def noisy_query() -> Work:
+    """Query labels with 0.3 of the signal: they ask for smaller weights, so that each best penalty is finite.
+
+    On the other sets h falls for ever as θ → ±∞: a feature that helps wants no penalty, one that misleads
+    wants all of it.
+    """
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(0.7, 0.9, 20) * rng.choice([-1.0, 1.0], 20)
+
+    def part(n, signal):
+        x = rng.standard_normal((n, 20))
+        return x, np.where(rng.random(n) < 1 / (1 + np.exp(-signal * (x @ weights))), 1.0, -1.0)
+
+    title = "Noisier query (procedural)"
+    return logistic(title, part(4096, 1.0), part(4096, 0.3), 16, (0.03, 0.1, 0.3), (0.3, 3.0, 30.0), 0.2)
+
+
 def bundled(name: str) -> Work:
     """A set of scikit-learn, standardized: breast cancer, or even against odd digits."""
     import sklearn.datasets
