@@ -20,6 +20,7 @@ from bilevel.hypergrad.single_loop.minibatch import checksum, draw_task
 from bilevel.hypergrad.single_loop.saba import Saba
 from bilevel.hypergrad.single_loop.soba import Soba
 from bilevel.hypergrad.single_loop.stocbio import StocBiO
+from bilevel.hypergrad.single_loop.threefry import random_words
 
 # A single call from a fresh state is doubted, as it should be: the tests that mean it look at `doubts`.
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.hypergrad.doubts.HypergradientWarning")
@@ -192,6 +193,13 @@ def test_rows_are_drawn_uniformly_and_together():
     assert np.array_equal(drawn["x"][..., 0], drawn["y"])
     counts = np.bincount(np.ravel(drawn["y"]), minlength=10)
     assert np.all(np.abs(counts - 900) < 4 * 900**0.5)
+
+
+def test_the_words_are_those_of_jax_for_every_kind_of_key():
+    """A change of the rounds or of the order would give another run after an upgrade."""
+    for key in (jax.random.key(5), jax.random.PRNGKey(5), jax.random.key(5, impl="rbg")):
+        expected = jax.random.bits(jax.random.fold_in(key, 9), (3, 7), jnp.uint32)
+        assert np.array_equal(random_words(key, 9, (3, 7)), expected)
 
 
 def test_checksum_sees_every_bit_and_its_place():

@@ -23,7 +23,7 @@ from bilevel.train.arrays import split_arrays
 from bilevel.train.checkpoint import Checkpoints
 from bilevel.train.display import progress
 from bilevel.train.metrics import MetricsWriter, read_metrics
-from bilevel.train.step import MetaState, Metrics, meta_step, num_tasks
+from bilevel.train.step import MetaState, Metrics, meta_step, num_tasks, step_keys
 
 OnChunk = Callable[[MetaState, dict[str, float]], bool | None]
 
@@ -144,7 +144,7 @@ def train(
         enough = False  # a callback has asked to stop
         while int(state.step) < num_meta_steps and not (enough or stop_asked()):
             started, first = time.perf_counter(), int(state.step)
-            state, log, finite = chunk(state, min(options.chunk_size, num_meta_steps - first))
+            state, log, finite = _advance(chunk, state, min(options.chunk_size, num_meta_steps - first))
             done = int(state.step)
             problem = (
                 _complain_zero(state, log, done - first, allowed)
@@ -170,8 +170,21 @@ def train(
     return state
 
 
+def _advance(chunk, state, num_steps):
+    """`chunk(state, num_steps)`, and the last good state where one of the steps is not finite.
+
+    That state is computed again from the start of the chunk, to the bit. To choose between the old and the
+    new state at each step would read and write all of it, tables of `Saba` and all, for what happens once.
+    """
+    moved, log, finite = chunk(state, num_steps)
+    good = finite
+    while not good:  # once, unless the device sums in another order each time
+        moved, _, good = chunk(state, int(moved.step) - int(state.step) - 1)
+    return moved, log, finite
+
+
 def _compile(learner, optimizer, sample_tasks, state, options):
-    """`(state, n) -> (state, log, finite)`: n outer steps, or fewer if one of them is not finite.
+    """`(state, n) -> (state, log, finite)`: n outer steps, or fewer: one that is not finite is the last.
 
     The number of steps is an operand, so that one compiled program serves full and partial chunks and a
     resumed run repeats the interrupted one bit for bit.
@@ -179,12 +192,21 @@ def _compile(learner, optimizer, sample_tasks, state, options):
     arrays, merge = split_arrays(sample_tasks)
     shard = _shard(sample_tasks, state, options)
 
-    def step(arrays, state):
-        tasks = _draw(merge(arrays), _task_key(state.key, state.step), shard)
-        return meta_step(learner, optimizer, state, tasks, task_chunk=options.task_chunk, shard=shard)
+    count = num_tasks(jax.eval_shape(sample_tasks, state.key))
+
+    def step(arrays, state, keys):
+        sample_key, task_keys = keys
+        tasks = _draw(merge(arrays), sample_key, shard)
+        return meta_step(
+            learner, optimizer, state, tasks, keys=task_keys, task_chunk=options.task_chunk, shard=shard
+        )
 
     def run(arrays, state, num_steps):
-        shapes = jax.eval_shape(step, arrays, state)[1]
+        # All keys of the chunk at once: one by one they take longer than the step of a small problem.
+        numbers = state.step + jnp.arange(options.chunk_size, dtype=state.step.dtype)
+        keys = jax.vmap(lambda t: (_task_key(state.key, t), step_keys(state.key, t, count)))(numbers)
+        first = jax.tree.map(lambda leaf: leaf[0], keys)
+        shapes = jax.eval_shape(step, arrays, state, first)[1]
         log = jax.tree.map(lambda s: jnp.zeros((options.chunk_size, *s.shape), s.dtype), shapes)
 
         def unfinished(carry):
@@ -193,12 +215,9 @@ def _compile(learner, optimizer, sample_tasks, state, options):
 
         def body(carry):
             i, _, state, log = carry
-            moved, metrics = step(arrays, state)
-            good = metrics.finite.all()
-            # A step that is not finite is not taken: the state stays the last good one.
-            state = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
+            state, metrics = step(arrays, state, jax.tree.map(lambda leaf: leaf[i], keys))
             log = jax.tree.map(lambda rows, row: rows.at[i].set(row), log, metrics)
-            return i + 1, good, state, log
+            return i + 1, metrics.finite.all(), state, log
 
         _, good, state, log = jax.lax.while_loop(unfinished, body, (0, True, state, log))
         return state, log, good

@@ -106,6 +106,7 @@ def mean_hypergradient(
     Args:
         tasks: leaves `[num_tasks, n, ...]`.
         estimator_state: leaves `[num_tasks, ...]`.
+        key: one, which is split for the tasks, or those of all tasks, `[num_tasks]`.
         task_chunk: how many tasks are computed side by side. On a CPU 1 keeps the working set in cache; an
             accelerator wants many. Memory grows with it, time per task falls where the device is idle.
         shard: inside `jax.shard_map`, which tasks of the whole batch these are; see `bilevel.sharding`.
@@ -119,10 +120,11 @@ def mean_hypergradient(
         raise ValueError(
             f"task_chunk must be at least 1 and divide the {count} tasks of a batch{here}, got {task_chunk}"
         )
-    total_count, keys, counted = count, jax.random.split(key, count), None
+    total_count, counted = count if shard is None else shard.num_tasks, None
+    keys = key if _one_each(key) else jax.random.split(key, total_count)
     if shard is not None:
         rows, counted = shard.rows()
-        total_count, keys = shard.num_tasks, jax.random.split(key, shard.num_tasks)[rows]
+        keys = keys[rows]
 
     def one(task, state, key):
         return learner.estimator.estimate(learner.problem, learner.solver, meta, task, state, key)
@@ -158,6 +160,17 @@ def mean_hypergradient(
     return Hypergradient(value, grad, {**stats, **gradient_stats(value, grad)}), states
 
 
+def _one_each(key: Key) -> bool:
+    """Whether it is many keys; one of JAX's old ones is words [2]."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim == (1 if typed else 2)
+
+
+def step_keys(key: Key, step: jax.Array, count: int) -> Key:
+    """The keys `[count]` of the tasks of an outer step, from the run's key."""
+    return jax.random.split(jax.random.fold_in(key, step), count)
+
+
 def _sum(rows: jax.Array, counted: jax.Array | None) -> jax.Array:
     """The sum of the rows `[n, ...]` that count."""
     if counted is not None:
@@ -171,6 +184,7 @@ def meta_step(
     state: MetaState,
     tasks: Task,
     *,
+    keys: Key | None = None,
     task_chunk: int = 1,
     shard: Shard | None = None,
 ) -> tuple[MetaState, Metrics]:
@@ -180,6 +194,7 @@ def meta_step(
 
     Args:
         tasks: leaves `[num_tasks, n, ...]`.
+        keys: `step_keys` of this step, where they have been drawn ahead.
         task_chunk, shard: see `mean_hypergradient`.
 
     Returns:
@@ -195,7 +210,7 @@ def meta_step(
     >>> int(state.step), bool(metrics.finite.all())
     (1, True)
     """
-    key = jax.random.fold_in(state.key, state.step)
+    key = jax.random.fold_in(state.key, state.step) if keys is None else keys
     h, estimator_state = mean_hypergradient(
         learner, state.meta, tasks, state.estimator_state, key, task_chunk, shard
     )
