@@ -69,7 +69,9 @@ def _pictures(run: Run, named: bool) -> str:
         note = f" <small>and {more} more</small>" if more > 0 else ""
         rows.append(f"<figure><figcaption>{escape(caption)}{note}</figcaption>{images}</figure>")
     title = f"<h3>{escape(run.name)}</h3>" if named and rows else ""
-    return title + "".join(rows)
+    # Side by side: a caption may have a single picture.
+    row = '<div style="display:flex;flex-wrap:wrap;gap:0 1rem">'
+    return f"{title}{row}{''.join(rows)}</div>" if rows else ""
 
 
 def _read(run: Run) -> dict[str, np.ndarray]:

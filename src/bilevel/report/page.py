@@ -30,8 +30,7 @@ def render(runs: Sequence[Run]) -> str:
         section("Shots", shots(runs), "The same learner with other numbers of support examples a class."),
         section("Calibration", calibration(runs), "Whether an answer given with 80 % confidence is "
                  "right in 80 % of the cases, over all query examples."),
-        section("Meta-overfitting", overfitting(runs), "How much worse unseen classes are than seen "
-                 "ones, and whether the start is made for a few steps only."),
+        section(*_overfitting(runs)),
         section("Meta-training", training(runs), "Means over each logged stretch of outer "
                  "steps; bands are 95 % confidence intervals."),
         section("Example tasks", _examples(runs), ""),
@@ -47,6 +46,16 @@ def _adaptation(runs: Sequence[Run]) -> tuple[str, str, str]:
     if what != "adaptation":
         lead = "Query figures along the training on the whole support."
     return what.capitalize(), adaptation(runs), lead
+
+
+def _overfitting(runs: Sequence[Run]) -> tuple[str, str, str]:
+    if inner_loop(runs) != "adaptation":  # there are no classes to overfit to, and no start
+        return "The test", overfitting(runs), "What was checked of it."
+    return (
+        "Meta-overfitting",
+        overfitting(runs),
+        "How much worse unseen classes are than seen ones, and whether the start is made for a few steps.",
+    )
 
 
 def _header(runs: Sequence[Run], title: str) -> str:
@@ -95,7 +104,8 @@ def _intervals(runs: Sequence[Run]) -> str:
     if not name:
         return ""
     said = escape(figure_name(name))
-    return f"{said}, mean over tasks ± half-width of the 95 % confidence interval."
+    what = "tasks" if inner_loop(runs) == "adaptation" else "trainings"
+    return f"{said}, mean over {what} ± half-width of the 95 % confidence interval."
 
 
 def _result(runs: Sequence[Run]) -> str:
@@ -135,7 +145,7 @@ def _result_alone(run: Run, name: str) -> str:
     figures = table(["Start", f"Before {inner_loop([run])}", "After"], rows, "Result")
     protocol = run.evaluation.get("protocol")
     terms = [("Protocol", escape(str(protocol)) if protocol is not None else "—"),
-             ("Tasks", _tasks(run))]  # fmt: skip
+             ("Tasks" if inner_loop([run]) == "adaptation" else "Trainings", _tasks(run))]  # fmt: skip
     seconds = number(run.evaluation.get("seconds"))
     if np.isfinite(seconds):
         terms.append(("Evaluated in", duration(seconds)))
