@@ -1,6 +1,7 @@
 """What every test may use. Tests run on the CPU unless JAX_PLATFORMS says otherwise."""
 
 import os
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,8 +45,19 @@ def x64():
 
 @pytest.fixture
 def optimized():
-    """Let LLVM optimize the programs of one test, as it does for users: it may reorder what is summed."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    """`with optimized():` lets LLVM optimize, as it does for users: it may reorder what is summed.
+
+    Only programs belong in it. Operations one by one stay in memory as they were compiled first, and a state
+    that later tests make with them would have other last bits than that of another process.
+    """
+
+    @contextmanager
+    def switched():
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", False)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", before)
+
+    return switched

@@ -61,7 +61,8 @@ def final_state(folder, recipe):
 
 def test_chunks_do_not_change_the_result(optimized):
     *learner, state = parts()
-    ends = [bl.train(*learner, state, 10, options=bl.Options(chunk_size=size)) for size in (1, 3, 10, 64)]
+    with optimized():
+        ends = [bl.train(*learner, state, 10, options=bl.Options(chunk_size=n)) for n in (1, 3, 10, 64)]
     for end in ends[1:]:
         assert_bit_equal(ends[0], end)
 
