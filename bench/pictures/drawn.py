@@ -157,7 +157,7 @@ def _page(drawn: np.ndarray, number: int, rng) -> np.ndarray:
     big = np.kron(drawn, np.ones((2, 2)))
     down, right = (height - 56) // 2, (width - 56) // 2
     page[down : down + 56, right : right + 56] = big
-    return np.uint8(255 - 255 * np.clip(page + 0.03 * rng.normal(size=page.shape), 0, 1))
+    return (255 - 255 * np.clip(page + 0.03 * rng.normal(size=page.shape), 0, 1)).astype(np.uint8)
 
 
 PICTURES = {"tasks": tasks, "augmentation": augmentation, "data": data}

@@ -90,8 +90,8 @@ def plan(folder: Path) -> None:
         axis.plot(*zip(*places, strict=True), mark, color=colour, label=f"{net}, {len(mine)} problems")
     ticks = [100, 200, 400, 700]
     axis.set(xscale="log", yscale="log", xlim=(90, 800), ylim=(90, 800))
-    axis.set_xticks(ticks, ticks)
-    axis.set_yticks(ticks, ticks)
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.set_yticks(ticks, map(str, ticks))
     axis.minorticks_off()
     axis.set(title="Peak memory of a hypergradient", xlabel="measured, MB", ylabel="predicted by bl.plan, MB")
     axis.legend(loc="upper left")
@@ -121,7 +121,7 @@ def cleaning(folder: Path) -> None:
             "o", color=RED, mfc="white", label="single loop, all outer steps",
         )  # fmt: skip
         axis.set(xscale="log", xlabel="seconds of training", ylabel=label)
-        axis.set_xticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
+        axis.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
         axis.minorticks_off()
     for row, at, side in ((rows[0], 1, "left"), (rows[1], 50, "right")):
         axes[0].axhline(number(row["test accuracy %"]), color=INK, lw=1, ls="--")
@@ -179,7 +179,7 @@ def sinusoid(folder: Path) -> None:
     right.set(title="Adapting to 10 points of a new wave", xlabel="inner steps", yscale="log")
     right.set(ylabel="mean squared error, 1000 waves")
     for axis, ticks in ((left, (0.2, 0.5, 1, 2, 5)), (right, (0.03, 0.1, 0.3, 1, 3))):
-        axis.set_yticks(ticks, ticks)
+        axis.set_yticks(ticks, map(str, ticks))
         axis.minorticks_off()
         axis.legend()
     figure.tight_layout()

@@ -33,6 +33,7 @@ def heads(folder: Path) -> None:
     figure, axes = plt.subplots(1, len(makers), figsize=(12, 2.7), sharey=True)
     light = ListedColormap(["#BFDDEC", "#F7E3B5", "#BFE6DA"])
     for axis, (name, learner) in zip(axes, makers.items(), strict=True):
+        assert learner.init_meta is not None and learner.predict is not None
         meta, key = learner.init_meta(jax.random.key(0)), jax.random.key(1)
         params = learner.solver.solve(learner.problem, meta, task, key).params
         logits = np.asarray(learner.predict(params, meta, task.query[0]))
@@ -68,7 +69,7 @@ def nets(folder: Path) -> None:
     left.grid(axis="y", visible=False)
     norms = {
         "NoNorm": bl.nets.NoNorm(), "BatchNorm": bl.nets.BatchNorm(), "GroupNorm(4)": bl.nets.GroupNorm(4),
-        "LayerNorm": bl.nets.LayerNorm(), "SupportNorm": bl.nets.SupportNorm(),
+        "LayerNorm": bl.nets.LayerNorm(), "SupportNorm(5)": bl.nets.SupportNorm(5),
     }  # fmt: skip
     moves = [_moves(norm) for norm in norms.values()]
     places = np.arange(len(norms))[::-1]
@@ -84,8 +85,10 @@ def nets(folder: Path) -> None:
 
 def _moves(norm) -> float:
     learner = bl.maml(bl.nets.conv4(5, 8, norm=norm), bl.learners.cross_entropy, rates=0.1)
+    assert learner.init_meta is not None
     meta = learner.init_meta(jax.random.key(0))
-    return float(transduction(learner, meta, bl.tasks.Glyphs(5, 1, 4), jax.random.key(1), num_tasks=4))
+    sample = bl.tasks.with_support(bl.tasks.Glyphs(5, 1, 4))  # the others do not mind
+    return transduction(learner, meta, sample, jax.random.key(1), num_tasks=4) or 0.0
 
 
 PICTURES = {"heads": heads, "nets": nets}
