@@ -50,13 +50,16 @@ class Contender:
         Raises:
             RuntimeError: when the process has ended without one, with the last line it wrote.
         """
-        timer = threading.Timer(self.patience, self.process.kill)
+        late = threading.Event()
+        timer = threading.Timer(self.patience, lambda: (late.set(), self.process.kill()))
         timer.start()
         line = self.process.stdout.readline()
         timer.cancel()
         if not line:
             self.process.wait()
-            raise RuntimeError(f"{self.process.args[1]} ended: {(self.said() or ['no output'])[-1]}")
+            why = f"no answer in {self.patience:g} s; raise --patience on a busy machine"
+            why = why if late.is_set() else (self.said() or ["no output"])[-1]
+            raise RuntimeError(f"{self.process.args[1]} ended: {why}")
         return json.loads(line)
 
     def turn(self) -> dict:
@@ -122,6 +125,7 @@ def main() -> None:
             row, error = compare(name, args)
         except RuntimeError as failure:
             row, error = f"| {name} | failed | | | | | |", str(failure)
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         print(row, flush=True)
         wrong += [f"{name}: {error}"] if error else []
     if wrong:

@@ -44,12 +44,14 @@ class Row:
         make: `make(net, sizes) -> Learner`.
         meta: `meta(parameters of the net, sizes) -> θ`.
         task_chunk: tasks computed side by side on a device, at most those there are.
+        chunk_size: outer steps a compiled call; more where a step is short.
         optimizer: the outer one.
     """
 
     make: Callable
     meta: Callable = lambda init, sizes: {"init": init}
     task_chunk: int = 1
+    chunk_size: int = 10
     optimizer: optax.GradientTransformation = ADAM
 
 
@@ -91,7 +93,7 @@ def logs(**values):
 ROWS = {
     "MAML": Row(maml()),
     "FOMAML": Row(maml(estimator=bl.hypergrad.FirstOrder())),
-    "ANIL": Row(maml(adapt="head")),
+    "ANIL": Row(maml(adapt="head"), chunk_size=50),
     "BOIL": Row(maml(adapt=bl.learners.AllBut("head"))),
     "Meta-SGD": Row(
         maml(bl.learners.PerParameter),
@@ -165,7 +167,7 @@ class Turns:
     """What bl.train calls after every chunk: times chunks when asked, and ends the training with the input.
 
     Args:
-        hello: said after the first chunk, the one that compiles.
+        hello: said after two chunks, of which the second compiles nothing and tells how long a turn is.
     """
 
     def __init__(self, hello: dict, chunk_size: int, out):
@@ -175,8 +177,10 @@ class Turns:
     def __call__(self, state, values) -> bool:
         """True where no more turns are asked for."""
         self.walls.append(1e3 / values["steps_per_second"])
-        if self.chunks == 0:  # the first one compiled, or read the program that was
-            self.chunks = turns.repeats(self.walls[0] * self.chunk_size)
+        if self.chunks == 0:
+            if len(self.walls) == 1:  # it has compiled, or read the program that was
+                return False
+            self.chunks = turns.repeats(self.walls[1] * self.chunk_size)
             turns.say(self.hello, self.out)
         elif len(self.walls) == self.chunks:
             each = (time.process_time() - self.start) / (self.chunks * self.chunk_size)
@@ -192,21 +196,21 @@ class Turns:
 def serve(args, sizes: data.Sizes, out) -> None:
     """Takes three steps one by one for their losses, then trains for as long as turns are asked for."""
     learner, meta, tasks = problem_of(args.learner, sizes)
-    sample, optimizer = fixed(tasks), ROWS[args.learner].optimizer
+    row, sample = ROWS[args.learner], fixed(tasks)
+    optimizer, chunk_size = row.optimizer, row.chunk_size
     state, losses = bl.init_state(learner, optimizer, sample, jax.random.key(0), meta), []
 
     def train(state, num_meta_steps, on_chunk):
-        options = bl.Options(chunk_size=args.chunk_size, task_chunk=args.task_chunk, devices=args.devices)
+        options = bl.Options(chunk_size=chunk_size, task_chunk=args.task_chunk, devices=args.devices)
         return bl.train(
             learner, optimizer, sample, state, num_meta_steps, options=options, on_chunk=[on_chunk]
         )
 
     for step in (1, 2, 3):
         state = train(state, step, lambda state, values: losses.append(values["outer_loss"]))
-    # A chunk that compiles nothing, so that a turn's length can be told.
     way = f"task_chunk={args.task_chunk}, devices={args.devices}"
     hello = {"value": losses[0], "third_value": losses[2], "way": way, "jax": jax.__version__}
-    train(state, 10**9, Turns(hello, args.chunk_size, out))
+    train(state, 10**9, Turns(hello, chunk_size, out))
 
 
 def main() -> None:
@@ -216,7 +220,6 @@ def main() -> None:
     options.add_argument("--small", action="store_true", help="few filters and tasks, to try it out")
     options.add_argument("--devices", type=int, default=2, help="that a step's tasks are spread over")
     options.add_argument("--task-chunk", type=int, help="in place of the learner's own")
-    options.add_argument("--chunk-size", type=int, default=10, help="outer steps a compiled call")
     args = options.parse_args()
     sizes = data.sizes(args.learner, args.small)
     args.devices = min(args.devices, sizes.num_tasks)
