@@ -33,10 +33,9 @@ def shown_steps(num_steps: int, every: int | None = None) -> tuple[int, ...]:
     """
     if every is not None and every < 1:
         raise ValueError(f"every must be at least 1, got {every}; leave it out for about {_POINTS} points")
-    if every is None:
-        rounded = (digit * 10**power for power in range(30) for digit in (1, 2, 5))
-        every = next(n for n in rounded if num_steps <= _POINTS * n)
-    return tuple(sorted({0, min(1, num_steps), *range(0, num_steps, every), num_steps}))
+    rounded = (digit * 10**power for power in range(30) for digit in (1, 2, 5))
+    stride = next(n for n in rounded if num_steps <= _POINTS * n) if every is None else every
+    return tuple(sorted({0, min(1, num_steps), *range(0, num_steps, stride), num_steps}))
 
 
 def steps_of(learner: Learner, every: int | None) -> tuple[int, ...]:
