@@ -197,7 +197,7 @@ def test_dropout_of_the_features():
     net = conv4(2, 16, image_shape=(8, 8, 1), dropout=0.5)
     assert isinstance(net, Net) and net.noisy is not None
     params, x = net.init(KEY), jax.random.normal(KEY, (4, 8, 8, 1))
-    clean = net.apply(params, x)
+    clean = jax.jit(net.apply)(params, x)
     draws = jax.jit(jax.vmap(net.noisy, (None, None, 0)))(params, x, jax.random.split(KEY, 1000))
     assert_close("mean over the noise", draws.mean(0), clean, 0.2)
     assert float(draws.std(0).min()) > 0

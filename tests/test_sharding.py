@@ -40,7 +40,7 @@ def plain(state):
     return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf), parts)
 
 
-@pytest.mark.parametrize(("num_tasks", "chunk"), [(4, 1), (4, 2), (5, 1), (5, 3), (3, 2)])
+@pytest.mark.parametrize(("num_tasks", "chunk"), [(4, 2), (5, 1), (5, 3)])
 def test_two_devices_compute_what_one_does(x64, num_tasks, chunk):
     one, rows = run(1, num_tasks)
     two, spread_rows = run(2, num_tasks, task_chunk=chunk)

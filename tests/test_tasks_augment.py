@@ -78,13 +78,14 @@ def test_operations_are_keyed_and_keep_shape_and_type(name):
 def test_strength_zero_changes_nothing_and_derivatives_are_exact(x64, operation, strengths):
     pictures, weights = jnp.asarray(PICTURES, float), jax.random.normal(KEY, PICTURES.shape, float)
 
+    @jax.jit
     def change(strengths):
         return jnp.vdot(weights, operation(pictures, jax.random.key(3), **strengths))
 
     nothing = operation(pictures, KEY, **dict.fromkeys(strengths, 0.0))
     np.testing.assert_allclose(nothing, pictures, atol=1e-12)
     some = {name: jnp.asarray(0.1 + 0.03 * i, float) for i, name in enumerate(strengths)}
-    grads = jax.grad(change)(some)
+    grads = jax.jit(jax.grad(change))(some)
     assert all(g != 0 for g in grads.values())
     assert_derivative(change, grads, some)
 
@@ -127,9 +128,9 @@ def test_compose_is_one_after_the_other_with_keys_of_their_own():
 
 @pytest.mark.parametrize(("support", "query"), [(True, False), (False, True), (True, True)])
 def test_augmented_changes_what_it_is_told_to(support, query):
-    glyphs = bl.tasks.Glyphs(3, 2, 1)
-    task = augmented(glyphs, OPERATIONS["noise"], support=support, query=query)(KEY)
-    plain = glyphs(jax.random.split(KEY)[0])
+    pictures = bl.tasks.FewShot(PICTURES, jnp.arange(6) % 2, 2, 2, 1)
+    task = jax.jit(augmented(pictures, OPERATIONS["noise"], support=support, query=query))(KEY)
+    plain = jax.jit(pictures)(jax.random.split(KEY)[0])
     assert (not np.array_equal(task.support[0], plain.support[0])) == support
     assert (not np.array_equal(task.query[0], plain.query[0])) == query
     np.testing.assert_array_equal(task.support[1], plain.support[1])
@@ -186,13 +187,13 @@ def test_mixed_classes_mix_a_class_by_one_weight():
     images = np.zeros((40, 20))
     labels = np.arange(40) % 20
     images[np.arange(40), labels] = 1.0  # a vector says which classes are in it, and how much
-    task = mixed_classes(bl.tasks.FewShot(images, labels, 5, 1, 1))(KEY)
+    task = jax.jit(mixed_classes(bl.tasks.FewShot(images, labels, 5, 1, 1)))(KEY)
     np.testing.assert_allclose(task.support[0], task.query[0])  # one weight a class, in both parts
     np.testing.assert_allclose(task.support[0].sum(1), 1.0, rtol=1e-6)
     assert ((task.support[0] > 0).sum(1) <= 2).all()
     weights = np.asarray(task.support[0]).max(1)
     assert len(set(weights.round(4))) > 1
-    clash = mixed_classes(lambda key: fixed(jax.random.permutation(key, 3), [0, 1, 2])(key))
+    clash = jax.jit(mixed_classes(lambda key: fixed(jax.random.permutation(key, 3), [0, 1, 2])(key)))
     assert any(jnp.isnan(clash(jax.random.key(seed)).support[0]).any() for seed in range(5))
 
 
@@ -212,11 +213,13 @@ def test_metamix_mixes_queries_with_the_support_and_says_so_in_the_labels():
 
 
 def test_a_learner_trains_on_augmented_tasks():
-    sample = augmented(metamix(bl.tasks.Glyphs(3, size=8), 3), partial(affine, shift=0.1))
-    net = bl.nets.conv4(3, 4, image_shape=(8, 8, 1))
+    pictures = bl.tasks.FewShot(PICTURES[..., :1], jnp.arange(6) % 3, 3, 1, 1)
+    sample = augmented(metamix(pictures, 3), partial(affine, shift=0.1))
+    mlp = bl.nets.mlp([63, 4, 3])
+    net = bl.nets.Net(mlp.init, lambda params, x: mlp.apply(params, x.reshape(len(x), -1)))
     learner = bl.maml(net, bl.learners.cross_entropy)
     estimate = partial(bl.hypergradient, learner.problem, learner.solver, learner.estimator)
-    h = jax.jit(estimate)(learner.init_meta(KEY), jax.jit(sample)(KEY), KEY)
+    h = jax.jit(lambda meta: estimate(meta, sample(KEY), KEY))(learner.init_meta(KEY))
     assert h.stats["finite"] == 1 and h.stats["zero_leaves"] == 0
 
 
