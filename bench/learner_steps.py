@@ -30,8 +30,8 @@ class Contender:
     """A process that prints a JSON line when it is ready, and one for each turn."""
 
     def __init__(self, *command: str, patience: float):
-        self.patience = patience
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed on exit
+        self.command, self.patience = command, patience
+        self.errors = tempfile.TemporaryFile("a+")  # noqa: SIM115  closed on exit
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
@@ -40,8 +40,11 @@ class Contender:
         return self
 
     def __exit__(self, *error):
-        self.process.kill()
-        self.process.communicate()
+        try:
+            self.process.communicate(timeout=30)  # its input ends, and so does it
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
         self.errors.close()
 
     def listen(self) -> dict:
@@ -53,17 +56,19 @@ class Contender:
         late = threading.Event()
         timer = threading.Timer(self.patience, lambda: (late.set(), self.process.kill()))
         timer.start()
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         timer.cancel()
         if not line:
             self.process.wait()
             why = f"no answer in {self.patience:g} s; raise --patience on a busy machine"
             why = why if late.is_set() else (self.said() or ["no output"])[-1]
-            raise RuntimeError(f"{self.process.args[1]} ended: {why}")
+            raise RuntimeError(f"{self.command[1]} ended: {why}")
         return json.loads(line)
 
     def turn(self) -> dict:
         """The figures of a turn."""
+        assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self.listen()
@@ -87,8 +92,9 @@ def disagreement(ours: dict, theirs: dict) -> str:
 def compare(name: str, args) -> tuple[str, str]:
     """A row of the table, and what is wrong with it."""
     more = ["--small"] if args.small else []
+    threads = [f"--threads={args.threads}"] if args.threads else []
     ours = (sys.executable, str(HERE / "learner_works.py"), name, f"--devices={args.devices}", *more)
-    peer = (args.peers_python, str(HERE / "peers" / "learners.py"), name, *more)
+    peer = (args.peers_python, str(HERE / "peers" / "learners.py"), name, *more, *threads)
     with Contender(*ours, patience=args.patience) as us:
         mine = us.listen()  # the peers look for their fastest way on a machine that is free
         with Contender(*peer, patience=args.patience) as them:
@@ -110,6 +116,7 @@ def main() -> None:
     options.add_argument("--learners", nargs="*", choices=tuple(data.LEARNERS), default=[*data.LEARNERS])
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--devices", type=int, default=2, help="that bilevel spreads tasks over")
+    options.add_argument("--threads", type=int, help="of the peers; all cores when left out")
     options.add_argument("--small", action="store_true", help="few filters and tasks: do all agree?")
     options.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a process may take")
     options.add_argument(
@@ -123,7 +130,7 @@ def main() -> None:
     for name in args.learners:
         try:
             row, error = compare(name, args)
-        except RuntimeError as failure:
+        except (RuntimeError, OSError) as failure:
             row, error = f"| {name} | failed | | | | | |", str(failure)
             print(f"{name}: {error}", file=sys.stderr, flush=True)
         print(row, flush=True)
