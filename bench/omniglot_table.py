@@ -37,6 +37,7 @@ PUBLISHED = {
     "MAML++": {"5w1s": "99.47", "5w5s": "99.93", "20w1s": "97.65 ± 0.05", "20w5s": "99.33 ± 0.03"},
     "ProtoNet": {"5w1s": "98.8", "5w5s": "99.7", "20w1s": "96.0", "20w5s": "98.9"},
     "R2-D2": {"5w1s": "98.6", "5w5s": "99.7", "20w1s": "94.7", "20w5s": "98.9"},
+    "ProtoNet, drawn characters alone": {},
 }
 NAMES = {
     "maml": "MAML",
@@ -48,6 +49,7 @@ NAMES = {
     "maml-plus-plus": "MAML++",
     "protonet": "ProtoNet",
     "r2d2": "R2-D2",
+    "glyphs": "ProtoNet, drawn characters alone",
 }
 
 
@@ -65,7 +67,7 @@ def keep(run: Path, name: str, processor_minutes: float | None) -> None:
         writer.writeheader()
         writer.writerows(kept)
     fields = config["fields"]
-    task = fields["task"]
+    task = fields.get("task", fields)
     train_ways, train_shots = task["train_ways"] or task["ways"], fields.get("train_shots", task["shots"])
     found = {
         "learner": NAMES[next(key for key in sorted(NAMES, key=len, reverse=True) if name.startswith(key))],
