@@ -13,7 +13,7 @@ BLOCKS = [
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))
 ]
 ROWS = re.findall(r"^\| .*\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-WITHOUT_PICTURE = ("silent_failures.md", "omniglot.md")
+WITHOUT_PICTURE = ("omniglot.md",)
 KEPT = ("advise", "demo", "hyper_cleaning", "memory", "plan", "speed")  # docs/results/NAME/*.csv
 
 

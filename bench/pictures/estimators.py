@@ -123,7 +123,10 @@ def implicit(folder: Path) -> None:
         ("OneStep(1)", hg.OneStep(1.0), ":"),
     ):
         left.axhline(max(error(linear), 1e-16), color=INK, lw=1, ls=style, label=name)
-    left.set(title="The linear system, at the minimum", xlabel="j, products with the Hessian")
+    left.set(
+        title="The linear system, at the minimum",
+        xlabel="j, steps or columns (bicgstab: two products a step)",
+    )
     left.set(ylabel="relative error of the hypergradient")
     left.legend(ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     steps = [1, 10, 100, 300, 600]
@@ -255,10 +258,37 @@ def inner(folder: Path) -> None:
     save(figure, folder, "inner")
 
 
+def silent(folder: Path) -> None:
+    """A conjugate gradient with the fault that a library shipped, beside the one here."""
+    counts = [1, 2, 4, 6, 9, 12]
+    b = B @ THETA
+    exact = np.linalg.solve(A, b)
+    with jax.enable_x64(True):
+        found = jax.jit(lambda: [hg.cg(j).solve(lambda v: A @ v, jnp.asarray(b), KEY)[0] for j in counts])()
+        found = [np.asarray(q) for q in found]
+    q, residual, direction = np.zeros(SIZE), b, b
+    stale = []
+    for _ in range(12):
+        step = residual @ residual / (direction @ A @ direction)
+        q, after = q + step * direction, residual - step * (A @ direction)
+        # The fault: the next direction begins with the residual from before the step.
+        direction = residual + (after @ after) / (residual @ residual) * direction
+        residual = after
+        stale.append(np.linalg.norm(q - exact) / np.linalg.norm(exact))
+    figure, axis = plt.subplots(figsize=(6, 3.4))
+    axis.semilogy(range(1, 13), stale, "s-", color=RED, label="directions from the residual of one step ago")
+    off = [np.linalg.norm(q - exact) / np.linalg.norm(exact) for q in found]
+    axis.semilogy(counts, off, "o-", color=BLUE, label="bl.hypergrad.cg")
+    axis.set(title="Conjugate gradient in twelve dimensions", xlabel="steps", ylabel="relative error")
+    axis.legend()
+    save(figure, folder, "silent")
+
+
 PICTURES = {
     "iterations": iterations,
     "implicit": implicit,
     "first_order": first_order,
     "exactness": exactness,
     "inner": inner,
+    "silent": silent,
 }
