@@ -191,7 +191,7 @@ def test_the_noise_of_a_life(x64):
 def test_staggered_particles_see_all_windows_at_once(x64):
     problem, solver, meta = linear(num_steps=6)
     estimator = PES(0.3, 6, 2, staggered=True)
-    state = estimator.init(problem, solver, meta, NO_TASK, KEY)
+    state = jax.jit(lambda meta: estimator.init(problem, solver, meta, NO_TASK, KEY))(meta)
     assert sorted(np.asarray(state.end).tolist()) == [1, 1, 2, 2, 3, 3]
     state, _ = calls(estimator, problem, solver, meta, jax.random.split(KEY, 3), state)
     _, h = calls(estimator, problem, solver, meta, jax.random.split(jax.random.key(1), 5), state)
