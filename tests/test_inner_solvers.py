@@ -204,7 +204,7 @@ def test_prototypes(x64):
         return spread(solver.solve(problem, meta, task, KEY).params, meta, task.query, KEY)
 
     for estimator in (Unroll(), Mixed(), Implicit(direct())):
-        h = bl.hypergradient(problem, solver, estimator, meta, task, KEY)
+        h = jax.jit(lambda meta, e=estimator: bl.hypergradient(problem, solver, e, meta, task, KEY))(meta)
         assert_derivative(value, h.grad, meta)
     # A class without an example has no prototype, and that is told.
     short = bl.Task((task.support[0][:2], labels[:2]), task.query)
