@@ -1,6 +1,6 @@
 """The pictures of docs/: from figures kept under docs/results/, and from small computations.
 
-    python bench/pictures                    # make pictures: all, into docs/pictures/, in two minutes
+    python bench/pictures                    # make pictures: all, into docs/pictures/
     python bench/pictures memory speed       # some of them
     python bench/pictures --measure runs     # first measure anew what is kept for these
 
