@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-learners bench-memory bench-toys bench-cleaning bench-plan bench-search bench-hpo bench-both bench-stochastic bench-sklearn omniglot lock clean
+.PHONY: help venv demo test check bench bench-learners bench-learner-steps bench-memory bench-toys bench-cleaning bench-plan bench-search bench-hpo bench-both bench-stochastic bench-sklearn pictures omniglot lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -56,6 +56,12 @@ bench-stochastic: .venv/.installed ## the stochastic bilevel methods, and a plai
 
 bench-sklearn: .venv/.installed ## the scikit-learn door against grid and random search
 	$(BIN)/python bench/sklearn_search.py
+
+bench-learner-steps: .venv/.installed .venv-peers/.installed ## an outer step of every few-shot learner against the fastest peer
+	$(BIN)/python bench/learner_steps.py
+
+pictures: .venv/.installed ## the pictures of docs/, from kept figures and small computations
+	$(BIN)/python bench/pictures
 
 bench-learners: .venv/.installed ## every few-shot learner on glyphs: time of an outer step, accuracy after a minute of processor time
 	$(BIN)/python bench/learners.py
