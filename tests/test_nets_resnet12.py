@@ -43,9 +43,9 @@ def moved_params(net):
     return jax.tree.unflatten(tree, [jnp.asarray(leaf + n, float) for leaf, n in zip(leaves, noise)])
 
 
-@pytest.mark.parametrize(("ways", "image_shape"), [(3, (4, 5, 2)), (None, (6, 4, 1))])
-def test_values_and_derivatives(x64, ways, image_shape):
-    net = resnet12(ways, (2, 3), image_shape=image_shape)
+@pytest.mark.parametrize(("ways", "widths", "image_shape"), [(3, (2, 3), (4, 5, 2)), (None, (3,), (3, 2, 1))])
+def test_values_and_derivatives(x64, ways, widths, image_shape):
+    net = resnet12(ways, widths, image_shape=image_shape)
     params, x = moved_params(net), jax.random.normal(KEY, (3, *image_shape))
     vector = jax.tree.map(jnp.cos, params)
 
@@ -80,8 +80,9 @@ def test_twelve_convolutions_and_published_widths():
 
 
 def test_noise():
-    net = resnet12(None, (4, 8, 16), image_shape=(16, 16, 1), drop_block=0.2, block_size=3)
-    params, x = net.init(KEY), jax.random.normal(KEY, (4, 16, 16, 1))
+    # Dropout after the first block, squares that are dropped after the others.
+    net = resnet12(None, (4, 4, 4), image_shape=(8, 8, 1), drop_block=0.2, block_size=2)
+    params, x = net.init(KEY), jax.random.normal(KEY, (4, 8, 8, 1))
     assert net.noisy is not None and net.transductive
     one, two = jax.jit(jax.vmap(net.noisy, (None, None, 0)))(params, x, jax.random.split(KEY))
     assert bool(jnp.any(one != two)) and bool(jnp.isfinite(one).all())
