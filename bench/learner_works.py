@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import data
 import turns
 
-ADAM = optax.adam(1e-3)
+ADAM = optax.adam(1e-3, eps=data.EPSILON)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,12 @@ ROWS = {
         plus_plus_meta,
     ),
     "Reptile": Row(
-        lambda net, sizes: reptile(net, LOSS, num_steps=sizes.inner_steps, rate=sizes.rate),
+        lambda net, sizes: reptile(
+            net,
+            LOSS,
+            num_steps=sizes.inner_steps,
+            optimizer=optax.adam(sizes.rate, b1=0.0, eps=data.EPSILON),
+        ),
         optimizer=optax.sgd(1.0),
     ),
     "iMAML": Row(

@@ -297,7 +297,9 @@ def _reptile(net, work: Work, support, query, fused: bool):
         torch._foreach_copy_(start, [p.detach() for p in theta])
         total, moved = torch.zeros(()), [torch.zeros_like(p) for p in start]
         for x, y, query_x, query_y in tasks:
-            optimizer = torch.optim.Adam(theta, lr=work.inner_lr, betas=(0.0, 0.999), **kind)
+            optimizer = torch.optim.Adam(
+                theta, lr=work.inner_lr, betas=(0.0, 0.999), eps=data.EPSILON, **kind
+            )
             for _ in range(work.inner_steps):
                 optimizer.zero_grad()
                 work.loss(net(x), y).backward()

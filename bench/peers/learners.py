@@ -45,10 +45,11 @@ def make_module(name: str, sizes: data.Sizes, vmapped: bool):
 def make_work(name: str, sizes: data.Sizes) -> Work:
     """The work with its fixed batch."""
     support, query = (tuple(map(torch.from_numpy, part)) for part in data.batches(sizes))
-    more = {"optimizer": partial(torch.optim.SGD, lr=1.0)} if name == "Reptile" else {}
+    adam = partial(torch.optim.Adam, lr=1e-3, eps=data.EPSILON, fused=True)
+    outer = partial(torch.optim.SGD, lr=1.0) if name == "Reptile" else adam
     make = partial(make_module, name, sizes)
     loss = nn.functional.cross_entropy
-    return Work(name, make, loss, support, query, sizes.rate, sizes.inner_steps, **more)
+    return Work(name, make, loss, support, query, sizes.rate, sizes.inner_steps, outer)
 
 
 def fastest(ways: dict, work: Work, threads: int) -> Setting:
