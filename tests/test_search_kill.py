@@ -16,7 +16,6 @@ from bilevel.search.spec import read_search, trial_folder
 from bilevel.search.study import FINISHED, open_book
 from bilevel.train.metrics import read_metrics
 
-CACHE = Path(__file__).parent.parent / ".jax_cache"
 RECIPE = str(Path(__file__).parent / "search_recipe.py") + ":Quadratic"
 WORDS = [RECIPE, "--space.rate", "log:1e-3..0.4", "--spin", "1000000"]
 # One process imports the libraries; those that are killed are forked from it before JAX has made a thread.
@@ -24,24 +23,19 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["bilevel.search.commands"])
 
 
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch):
-    """The processes of a search keep what they compile where the tests do."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
-
-def search_in_a_process(*words):
-    process = SERVER.Process(target=_search, args=(words, str(CACHE)))
+def search_in_a_process(cache, *words):
+    process = SERVER.Process(target=_search, args=(words, str(cache)))
     process.start()
     return process
 
 
 def _search(words, cache):
+    """Keeps what it compiles apart from other tests: what it was writing when it was killed stays broken."""
     import jax
 
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache  # for workers that it starts
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     sys.exit(run_search(list(words)))
 
 
@@ -90,7 +84,7 @@ def test_a_search_killed_at_any_moment_ends_as_the_one_that_was_not(tmp_path):
     ]
     before = {}
     for i, moment in enumerate(moments):
-        process = search_in_a_process(*words, *(["--resume"] if i else []))
+        process = search_in_a_process(tmp_path / "programs", *words, *(["--resume"] if i else []))
         wait_for(moment, process)
         process.kill()
         process.join()
@@ -111,7 +105,7 @@ def test_a_search_killed_at_any_moment_ends_as_the_one_that_was_not(tmp_path):
 def test_a_killed_worker_is_replaced_and_workers_end_with_their_driver(tmp_path):
     folder = tmp_path / "s"
     words = [*WORDS, "--num-trials", "5", "--pruner", "asha", "--folder", str(folder)]
-    driver = search_in_a_process(*words, "--workers", "2")
+    driver = search_in_a_process(tmp_path / "programs", *words, "--workers", "2")
     wait_for(lambda: len(children(driver.pid)) == 2, driver)
     wait_for(lambda: any(step_of(folder, n) >= 2 for n in range(5)), driver)
     running = [t for t in trials_of(folder) if t.state == TrialState.RUNNING and "pid" in t.user_attrs]
