@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-learners bench-learner-steps bench-memory bench-toys bench-cleaning bench-plan bench-search bench-hpo bench-both bench-stochastic bench-sklearn pictures omniglot lock clean
+.PHONY: help venv demo test test-optimized check bench bench-learners bench-learner-steps bench-memory bench-toys bench-cleaning bench-plan bench-search bench-hpo bench-both bench-stochastic bench-sklearn pictures omniglot lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -20,6 +20,9 @@ demo: .venv/.installed ## train MAML on synthetic glyphs and write its report, i
 
 test: .venv/.installed ## all tests, and the examples in the docstrings
 	$(BIN)/python -m pytest --numprocesses auto
+
+test-optimized: .venv/.installed ## the same with the compiler's optimizations, as users run it; several times as long
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= $(BIN)/python -m pytest --numprocesses auto
 
 check: .venv/.installed ## lint, format, types, layering and docs
 	$(BIN)/ruff check .
