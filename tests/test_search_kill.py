@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from bilevel.search.commands import run_search
 from bilevel.search.spec import read_search, trial_folder
-from bilevel.search.study import FINISHED, open_book
+from bilevel.search.study import FINISHED, has_study, open_book
 from bilevel.train.metrics import read_metrics
 
 RECIPE = str(Path(__file__).parent / "search_recipe.py") + ":Quadratic"
@@ -59,6 +59,9 @@ def trials_of(folder):
 
 def finished(folder):
     """What of the finished trials must never change again."""
+    search = read_search(folder)
+    if not has_study(search.storage, search.name):  # killed between the journal and the study in it
+        return {}
     done = [trial for trial in trials_of(folder) if trial.state in FINISHED]
     files = {t.number: (trial_folder(folder, t.number) / "metrics.jsonl").read_bytes() for t in done}
     return {t.number: (t.params, t.values, t.datetime_complete, files[t.number]) for t in done}

@@ -129,7 +129,8 @@ def open_book(search: Search) -> Book:
         )
     except KeyError:
         raise ValueError(
-            f"{search.storage} has no study {search.name}; start the search again in another --folder"
+            f"{search.storage} has no study {search.name}; --resume makes it where a search was cut off before "
+            "its first trial"
         ) from None
     return Book(study, storage)
 
