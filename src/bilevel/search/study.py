@@ -129,8 +129,8 @@ def open_book(search: Search) -> Book:
         )
     except KeyError:
         raise ValueError(
-            f"{search.storage} has no study {search.name}; --resume makes it where a search was cut off before "
-            "its first trial"
+            f"{search.storage} has no study {search.name}; where a search was cut off before its first "
+            "trial, --resume makes it"
         ) from None
     return Book(study, storage)
 
