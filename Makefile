@@ -21,7 +21,7 @@ demo: .venv/.installed ## train MAML on synthetic glyphs and write its report, i
 test: .venv/.installed ## all tests, and the examples in the docstrings
 	$(BIN)/python -m pytest --numprocesses auto
 
-test-optimized: .venv/.installed ## the same with the compiler's optimizations, as users run it; several times as long
+test-optimized: .venv/.installed ## the same with the compiler's optimizations, as users run it; about twice as long
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= $(BIN)/python -m pytest --numprocesses auto
 
 check: .venv/.installed ## lint, format, types, layering and docs
