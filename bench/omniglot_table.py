@@ -100,12 +100,17 @@ def table() -> None:
     order = list(PUBLISHED)
     runs = [(path.stem, json.loads(path.read_text())) for path in sorted(KEPT.glob("*.json"))]
     for name, run in sorted(runs, key=lambda pair: (order.index(pair[1]["learner"]), pair[0])):
-        cells = _cells(run)
-        for setting in sorted(cells, key=_SETTINGS.index):
-            mean, half = (100 * cells[setting][what][-1] for what in ("mean", "ci95"))
+        own = run["protocol"].split(" a class")[0].rpartition(", ")[2]
+        rows = [(setting, own, accuracy) for setting, accuracy in _cells(run).items()]
+        rows += [
+            (run["setting"], what.split()[0], accuracy)
+            for what, accuracy in run["other_tests"].items()
+            if "a class at once" in what
+        ]
+        for setting, queries, accuracy in rows:
+            mean, half = (100 * accuracy[what][-1] for what in ("mean", "ci95"))
             published = PUBLISHED[run["learner"]].get(setting, "none")
-            minutes = run["processor_minutes"] or "not measured"
-            queries = run["protocol"].split(" a class")[0].rpartition(", ")[2]
+            minutes = f"{run['processor_minutes']:g}" if run["processor_minutes"] else "not measured"
             print(
                 f"| [{run['learner']}](omniglot/{name}.json) | {setting} | {mean:.2f} ± {half:.2f} | "
                 f"{published} | {run['trained_on']} | {run['outer_steps']} | {minutes} | {queries} |"
