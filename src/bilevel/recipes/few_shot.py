@@ -78,14 +78,18 @@ class FewShotData:
         if self.dataset == "stored":
             turned = self.rotations and split == "train"
             return bl.tasks.stored(split, *sizes, self._folder(), turned)
-        found = bl.tasks.omniglot("test" if split == "test" else "train", *sizes, self.data, self.download)
+        return self._omniglot(split, *sizes)
+
+    def _omniglot(self, split: str, *sizes: int) -> Callable[[Key], Task]:
         if split == "test":
-            return found
-        rest, held = (
-            bl.tasks.hold_out(found, self.validation_classes) if self.validation_classes else (found, found)
-        )
-        if split == "validation":
-            return held
+            return bl.tasks.omniglot("test", *sizes, self.data, self.download)
+        rest = bl.tasks.omniglot("train", *sizes, self.data, self.download)
+        if self.validation_classes:
+            rest, held = bl.tasks.hold_out(rest, self.validation_classes)
+            if split == "validation":
+                return held
+        elif split == "validation":
+            raise ValueError("Omniglot has no validation classes: keep some with --task.validation-classes")
         return rest if self.train_classes is None else bl.tasks.hold_out(rest, self.train_classes)[1]
 
     def training(self) -> Callable[[Key], Task]:

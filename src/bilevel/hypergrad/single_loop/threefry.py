@@ -1,5 +1,7 @@
 """Random words in one pass, for loops so short that the generator is most of their time."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -29,9 +31,7 @@ def random_words(key: Key, stream: int, shape: tuple[int, ...]) -> jax.Array:
     if not (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and jax.random.key_impl(key) == "threefry2x32"):
         return jax.random.bits(jax.random.fold_in(key, stream), shape, jnp.uint32)
     words = jax.random.key_data(key)
-    count = 1
-    for length in shape:
-        count *= length
+    count = math.prod(shape)
     folded = _block(words[0], words[1], jnp.uint32(0), jnp.uint32(stream))
     high, low = _block(*folded, jnp.zeros(count, jnp.uint32), jnp.arange(count, dtype=jnp.uint32))
     return (high ^ low).reshape(shape)
