@@ -195,17 +195,19 @@ def omniglot(folder: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9), width_ratios=(1, 1.25))
     for place, (name, run) in enumerate(runs.items()):
         colour, mark = CYCLE[place % len(CYCLE)], MARKS[place % len(MARKS)]
+        again = place >= len(CYCLE)  # a colour's second run: dashed, and hollow
         with (RESULTS / "omniglot" / f"{name}.csv").open(encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("query_accuracy")]
         left.plot(
             [int(row["step"]) for row in rows], [100 * float(row["query_accuracy"]) for row in rows],
-            color=colour, lw=1.2, label=name,
+            color=colour, lw=1.2, ls="--" if again else "-", label=name,
         )  # fmt: skip
         aside = 0.6 * (place + 0.5) / len(runs) - 0.3
         for setting, accuracy in module["_cells"](run).items():
             at = list(names).index(setting) + aside
             mean, half = (100 * accuracy[what][-1] for what in ("mean", "ci95"))
-            right.errorbar(at, mean, half, color=colour, marker=mark, capsize=2)
+            fill = "white" if again else colour
+            right.errorbar(at, mean, half, color=colour, marker=mark, mfc=fill, capsize=2)
             level = number(module["PUBLISHED"][run["learner"]].get(setting, ""))
             right.plot([at - 0.05, at + 0.05], [level, level], color=INK, lw=2)
     right.plot([], [], color=INK, lw=2, label="published")
@@ -213,7 +215,7 @@ def omniglot(folder: Path) -> None:
     right.set(title="Tasks of unseen classes", xticks=range(4), xticklabels=list(names.values()))
     right.set(ylabel="accuracy, %, with 95 % intervals")
     left.legend()
-    right.legend(loc="lower left")
+    right.legend(loc="lower right")
     figure.tight_layout()
     save(figure, folder, "omniglot")
 
