@@ -37,6 +37,7 @@ import optuna
 import run as bench
 from hpo import BLACK, INKS, outer_loss, work
 from jax.flatten_util import ravel_pytree
+from kept_in import add_folder, kept_in
 
 from bilevel.recipes.logistic_l2 import LogisticL2
 from bilevel.recipes.run import saved_recipe
@@ -319,17 +320,17 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(PROBLEMS))
     parser.add_argument("--draw", action="store_true", help="the picture only, from what is kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / "docs")
+    add_folder(parser)
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    folder = kept_in(args)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kept = args.folder / "results" / "both_at_once.json"
+    kept = folder / "results" / "both_at_once.json"
     if not args.draw:
         print(f"Machine: {bench.machine()}")
         for name, make in PROBLEMS.items():
             if args.only in (None, name):
                 keep(name, compare(name, make(), args.quick, args.seed), kept)
-    draw(read(kept), args.folder)
+    draw(read(kept), folder)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import optuna
 import run as bench
 from hpo_problems import PROBLEMS, Problem, Search
 from jax.flatten_util import ravel_pytree
+from kept_in import add_folder, kept_in
 
 import bilevel as bl
 from bilevel.train.loop import HypergradientError
@@ -255,15 +256,15 @@ def main() -> None:
     )
     options.add_argument("--quick", action="store_true", help="a tenth of the outer steps and trials")
     options.add_argument("--only", nargs="*", choices=tuple(PROBLEMS), default=tuple(PROBLEMS))
-    options.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / "docs")
+    add_folder(options)
     args = options.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    folder = kept_in(args)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore")  # the estimators say where they are biased; the tables show it
     print(f"Machine: {bench.machine()}")
     for name in args.only:
         begin = time.perf_counter()
-        compare(name, PROBLEMS[name](args.quick), args.folder, 10 if args.quick else 1)
+        compare(name, PROBLEMS[name](args.quick), folder, 10 if args.quick else 1)
         print(f"\n{time.perf_counter() - begin:.0f} s with compilation and measuring", flush=True)
 
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import run as bench
+from kept_in import add_folder, kept_in
 from scipy.stats import loguniform
 from sklearn import datasets
 from sklearn.base import is_classifier
@@ -246,9 +247,10 @@ def main() -> None:
     )
     options.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="ways; each: one a feature")
     options.add_argument("--draw", action="store_true", help="the picture only, from what is kept")
-    options.add_argument("--folder", type=Path, default=Path("docs"))
+    add_folder(options)
     args = options.parse_args()
-    kept = args.folder / "results" / "scikit_learn.json"
+    folder = kept_in(args)
+    kept = folder / "results" / "scikit_learn.json"
     if not args.draw:
         print(f"Machine: {bench.machine()}\n")
         print("| problem | way | validation loss | test loss | fits | seconds |")
@@ -256,7 +258,7 @@ def main() -> None:
         for name, setting in SETTINGS.items():
             if any(part in name for part in args.only):
                 keep(name, measure(name, setting, tuple(args.kinds), args.quick), kept)
-    draw(read(kept), args.folder / "scikit_learn.png")
+    draw(read(kept), folder / "scikit_learn.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The benchmark of the stochastic bilevel literature: six single-loop methods, suboptimality against time.
 
     python bench/stochastic.py                        # about 20 minutes on 2 cores; draws docs/stochastic_*
-    python bench/stochastic.py --quick --folder /tmp  # two minutes, to see that it runs
+    python bench/stochastic.py --quick                # two minutes, to see that it runs
     python bench/stochastic.py --ijcnn1 FILE --ijcnn1-test FILE   # the real set, in LIBSVM's format
 
 Data cleaning needs BILEVEL_DATA, the folder of mnist.npz. Every method takes its steps from the same small
@@ -25,6 +25,7 @@ import matplotlib
 import numpy as np
 import run as bench
 import scipy.optimize
+from kept_in import add_folder, kept_in
 from stochastic_problems import Work, bundled, cleaning, ijcnn1, ijcnn1_like, noisy_query
 from stochastic_runs import (
     FULL,
@@ -259,11 +260,10 @@ def main() -> None:
     options.add_argument(
         "--only", choices=("speed", "curves", "numpy"), help="a part of it; numpy prints JSON"
     )
-    options.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / "docs")
+    add_folder(options)
     args = options.parse_args()
     if (args.ijcnn1 is None) != (args.ijcnn1_test is None):
         options.error("--ijcnn1 and --ijcnn1-test go together: one for the inner loss, one for the outer")
-    args.folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_enable_x64", True)
     # The calls are waited for one by one: a thread of their own only adds its waking up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -273,6 +273,7 @@ def main() -> None:
         found = {f"{n} {m.name}": reference_speed(w, m, rounds) for n, w in works.items() for m in METHODS}
         print(json.dumps(found))
         return
+    folder = kept_in(args)
     print(f"Machine: {bench.machine()}")
     if args.only != "curves":
         speed_table(works, rounds, [word for word in sys.argv[1:] if word not in ("--only", "speed")])
@@ -283,7 +284,7 @@ def main() -> None:
         results = {name: result for name, result in found.items() if result is not None}
         least = optimum(work, results, (5 if args.quick else 40) if name == "cleaning" else 500)
         table(work, results, least)
-        draw(work, results, least, args.folder / f"stochastic_{name}.png")
+        draw(work, results, least, folder / f"stochastic_{name}.png")
 
 
 if __name__ == "__main__":

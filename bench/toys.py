@@ -1,13 +1,12 @@
 """Where short windows mislead: three published toys, by truncation, evolution strategies and PES.
 
     python bench/toys.py                       # prints the tables, draws docs/toys_*.png; about a minute
-    python bench/toys.py --quick --folder /tmp # a tenth of the outer steps
+    python bench/toys.py --quick               # a tenth of the outer steps
 
 Every method sees the same problem and takes the same outer steps; only the estimator differs.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from kept_in import add_folder, kept_in
 
 from bilevel.hypergrad import MultiStep
 from bilevel.hypergrad.evolution.nres import NRES
@@ -202,14 +202,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--quick", action="store_true", help="a tenth of the outer steps")
-    options.add_argument("--folder", type=Path, default=Path(__file__).parent.parent / "docs")
+    add_folder(options)
     args = options.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    folder = kept_in(args)
     fewer = 10 if args.quick else 1
     with jax.enable_x64(True):
-        influence(3000 // fewer, args.folder)
-        schedule(20_000 // fewer, args.folder)
-        horizon(3000 // fewer, args.folder)
+        influence(3000 // fewer, folder)
+        schedule(20_000 // fewer, folder)
+        horizon(3000 // fewer, folder)
 
 
 if __name__ == "__main__":
