@@ -171,7 +171,8 @@ def noisy_query() -> Work:
         return x, np.where(rng.random(n) < 1 / (1 + np.exp(-signal * (x @ weights))), 1.0, -1.0)
 
     title = "Noisier query (procedural)"
-    return logistic(title, part(4096, 1.0), part(4096, 0.3), 16, (0.03, 0.1, 0.3), (0.3, 3.0, 30.0), 0.2)
+    rates, outer_rates = (0.003, 0.01, 0.03, 0.1), (0.1, 0.3, 1.0, 3.0, 30.0)
+    return logistic(title, part(4096, 1.0), part(4096, 0.3), 16, rates, outer_rates, 0.5)
 
 
 def bundled(name: str) -> Work:
