@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bilevel.inner.checkpointing import GRADIENT, Checkpointing, as_policy
 from bilevel.inner.differentiable import differentiable
+from bilevel.inner.hoisting import hoisted
 from bilevel.linalg import reverse_gradient
 from bilevel.problem import InnerState, IterativeSolver, Key, Meta, Params, Problem, Scalar, Solution, Task
 
@@ -35,6 +36,8 @@ class Gradient:
         optimizer: an `optax.GradientTransformation`, or a function of `meta` that returns one, so that
             rates, momenta and schedules can be learned.
         num_steps: K, at least 0.
+        hoist: compute what of the inner loss neither φ nor the step's key reaches once, before the first
+            step, and keep it: worth it where the steps adapt a part of a network that comes late in it.
 
     Raises:
         TypeError: when `optimizer` is neither, or `num_steps` is not a whole number.
@@ -54,6 +57,7 @@ class Gradient:
 
     optimizer: optax.GradientTransformation | Callable[[Meta], optax.GradientTransformation]
     num_steps: int
+    hoist: bool = False
 
     def __post_init__(self):
         if not (isinstance(self.optimizer, optax.GradientTransformation) or callable(self.optimizer)):
@@ -166,6 +170,9 @@ def run_steps(
     Args:
         step_key: the second half of `jax.random.split(key)` for the key that `unroll` takes.
     """
+
+    if num_steps > 1 and getattr(solver, "hoist", False):
+        problem, task = hoisted(problem, meta, task, state.params, step_key)
 
     def body(state, _):
         state, loss = solver.step(problem, meta, task, state, step_key, gradient)

@@ -75,7 +75,7 @@ def baseline_pp(
         return {"loss": value, **figures}
 
     problem = Problem(lambda meta, key: head.init(key), loss, loss, metrics)
-    solver = Gradient(optimizer or optax.sgd(0.1, momentum=0.9), num_steps)
+    solver = Gradient(optimizer or optax.sgd(0.1, momentum=0.9), num_steps, hoist=True)  # embeds once
     if trained_by is None:
         return Learner(problem, solver, Unroll(), lambda key: {"embed": net.init(key)}, predict)
     return Learner(problem, solver, TrainedBy(trained_by), trained_by.init_meta, predict)

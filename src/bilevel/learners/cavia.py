@@ -155,7 +155,8 @@ def cavia(
         return jnp.zeros(context.size, jax.tree.leaves(meta["net"])[0].dtype)
 
     problem, predict = supervised(net, loss, start, context.assemble)
-    return Learner(problem, Gradient(optax.sgd(rate), num_steps), estimator or Mixed(), init_meta, predict)
+    solver = Gradient(optax.sgd(rate), num_steps, hoist=True)  # what comes before the context
+    return Learner(problem, solver, estimator or Mixed(), init_meta, predict)
 
 
 def _require_size(owner: object, size: int) -> None:

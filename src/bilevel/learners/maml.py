@@ -162,7 +162,8 @@ def maml(
         descent = rates.optimizer(meta.get("rates"))
         return descent if clip is None else optax.chain(optax.clip_by_global_norm(clip), descent)
 
-    solver = Gradient(optimizer, num_steps)
+    # With ANIL the body is passed through once, whatever K is; where all is adapted nothing could be spared.
+    solver = Gradient(optimizer, num_steps, hoist=adapt != "all")
     return Learner(problem, solver, estimator or Mixed(), init_meta, predict)
 
 
