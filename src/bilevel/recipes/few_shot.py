@@ -80,7 +80,8 @@ class FewShotData:
             return bl.tasks.stored(split, *sizes, self._folder(), turned)
         return self._omniglot(split, *sizes)
 
-    def _omniglot(self, split: str, *sizes: int) -> Callable[[Key], Task]:
+    def _omniglot(self, split: str, ways: int, shots: int, queries: int) -> Callable[[Key], Task]:
+        sizes = (ways, shots, queries)
         if split == "test":
             return bl.tasks.omniglot("test", *sizes, self.data, self.download)
         rest = bl.tasks.omniglot("train", *sizes, self.data, self.download)
