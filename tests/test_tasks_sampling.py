@@ -42,7 +42,10 @@ def test_batch_stacks_different_tasks_and_passes_through_jit():
     sample_tasks = batch(sinusoid, 4)
     key = jax.random.key(0)
     tasks = jax.jit(lambda sample, key: sample(key))(sample_tasks, key)
-    np.testing.assert_allclose(tasks.query[1], sample_tasks(key).query[1], rtol=1e-5, atol=1e-6)
+    plain = sample_tasks(key)
+    np.testing.assert_allclose(tasks.query[0], plain.query[0], rtol=1e-6)
+    # Up to 5 in float32: near its zeros a sine has no more than these digits, in any two programs.
+    np.testing.assert_allclose(tasks.query[1], plain.query[1], rtol=1e-6, atol=1e-6)
     assert len(np.unique(tasks.support[0][:, 0])) == 4
 
 
