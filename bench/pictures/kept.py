@@ -53,13 +53,13 @@ def speed(folder: Path) -> None:
         times = [number(cell) for _, cell in cells[1:]]
         title = "sinusoid, 25 tasks, " + ("1 inner step" if "1 inner" in cells[0][1] else "5 inner steps")
         _bars(axis, names, times, times[2], title)
-        axis.set(xscale="log", xlim=(0.1, 800))
+        axis.set(xscale="log", xlim=(0.1, 60 * max(times)))
     rows = [list(row.values()) for row in table("speed/omniglot")]
     names = [cells[0].split(", `")[0] for cells in rows]
     names[1:3] = ["bilevel, in bl.train", "bilevel, two devices"]
     times = [number(cells[1]) for cells in rows]
     _bars(axes[2], names, times, times[2], "Omniglot, 32 tasks, 64 filters")
-    axes[2].set(xlim=(0, 1150))
+    axes[2].set(xlim=(0, 1.25 * max(times)))
     figure.tight_layout()
     save(figure, folder, "speed")
 
