@@ -92,6 +92,27 @@ def test_conv4_under_a_batch_of_weights():
     assert_close("second task", together[1], one, 1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_no_convolution_is_left_in_second_derivatives_of_tasks_side_by_side(platform):
+    """Weights of each task's own would make it a grouped convolution, slow everywhere."""
+    net = conv4(ways=5, filters=8)
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), moved_params(net))
+    x = jnp.ones((2, 5, 28, 28, 1))
+
+    def operations(apply):
+        def after_a_step(params, x):
+            slope = jax.grad(lambda params: jnp.mean(apply(params, x) ** 2))(params)
+            return jnp.mean(apply(jax.tree.map(lambda p, g: p - g, params, slope), x) ** 2)
+
+        batch = jax.jit(jax.vmap(jax.grad(after_a_step)))
+        program = jax.export.export(batch, platforms=[platform])(params, x).mlir_module()
+        return program.count("stablehlo.convolution"), program.count("stablehlo.dot_general")
+
+    convolutions, products = operations(net.apply)
+    assert convolutions == 0 and products > 0
+    assert operations(reference_conv4)[0] > 0
+
+
 @pytest.mark.parametrize("shape", [(4, 28, 28), (4, 28, 27, 1), (4, 28, 28, 3), (28, 28, 1)])
 def test_conv4_refuses_other_images(shape):
     net = conv4(2, 2)
