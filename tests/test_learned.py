@@ -68,6 +68,22 @@ def test_what_was_learned_is_evaluated_and_drawn(tmp_path):
     assert result["learned"]["figures"] == {"mean log penalty": pytest.approx(penalty.mean(), rel=1e-6)}
     np.testing.assert_allclose(result["learned"]["lines"]["log penalty <of each>"], penalty, rtol=1e-6)
     assert "mean log penalty:" in summary(result)
+    # One test set, learned from without chance: no interval is claimed, and nothing "adapts".
+    said = summary(result)
+    assert "±" not in said.split("mean log penalty")[0] and "tasks" not in said.split("\n")[0]
+    assert "inner step" in said and "adaptation step" not in said
+    trained = {
+        **result,
+        "curves": {
+            k: {**c, "mean": c["mean"][-1:], "ci95": [0.0], "steps": [0]} for k, c in result["curves"].items()
+        },
+    }
+    assert "as trained" in summary(trained)
+    uneven = {
+        **result,
+        "curves": {k: {**c, "ci95": [0.5] * len(c["ci95"])} for k, c in result["curves"].items()},
+    }
+    assert "± 0.5" in summary(uneven) and "over 2 tasks" in summary(uneven)
     page = write_report([folder], tmp_path / "page.html").read_text()
     assert "mean log penalty" in page
     assert "log penalty &lt;of each&gt;" in page

@@ -9,23 +9,27 @@ def summary(result: dict[str, Any]) -> str:
     name = "query_accuracy" if "query_accuracy" in curves else "query_loss"
     percent = name.endswith("accuracy")
     scale, unit = (100.0, " %") if percent else (1.0, "")
+    steps, adapts = points(curves[name]), result.get("adapts", True)
+    # One test set and no randomness give the same figure each time: an interval of 0 would be no interval.
+    spreads = adapts or any(curves[name]["ci95"])
 
     def cell(curve: dict[str, list[float]], place: int) -> str:
         mean, half = scale * curve["mean"][place], scale * curve["ci95"][place]
-        return f"{mean:6.2f} ± {half:.2f}{unit}" if percent else f"{mean:7.4f} ± {half:.4f}"
+        text, interval = (f"{mean:6.2f}", f"{half:.2f}") if percent else (f"{mean:7.4f}", f"{half:.4f}")
+        return (f"{text} ± {interval}" if spreads else text) + unit
 
     rows = []
     chance = result["chance"].get(name.removeprefix("query_"))
     if chance is not None:
         rows.append(("chance", f"{scale * chance:6.2f}{unit}"))
     if name in scratch:
-        steps = points(scratch[name])[-1]
-        rows.append((f"from scratch, {steps} steps on the support set", cell(scratch[name], -1)))
-    steps = points(curves[name])
+        budget = points(scratch[name])[-1]
+        rows.append((f"from scratch, {budget} steps on the support set", cell(scratch[name], -1)))
     for place, step in enumerate(steps):
         if step in (0, 1, 5, steps[-1]):
-            plural = "s" * (step != 1)
-            rows.append((f"meta-learned, {step} adaptation step{plural}", cell(curves[name], place)))
+            after = f"{step} {'adaptation' if adapts else 'inner'} step{'s' * (step != 1)}"
+            learned = "as trained" if not adapts and steps == [0] else f"meta-learned, {after}"
+            rows.append((learned, cell(curves[name], place)))
     for condition, other in result["other_tests"].items():
         rows.append((f"the same, {condition}", cell(other[name], -1)))
     for shots, other in result["shots"].items():
@@ -34,7 +38,8 @@ def summary(result: dict[str, Any]) -> str:
         rows.append(("the same, classes seen in training", cell(result["seen"][name], -1)))
     width = max(len(label) for label, _ in rows)
     label = name.replace("_", " ").replace("query", "test")
-    head = f"{label}, mean ± 95% over {result['num_tasks']} tasks\n{result['protocol']}\n"
+    over = f", mean ± 95% over {result['num_tasks']} tasks" if spreads else ""
+    head = f"{label}{over}\n{result['protocol']}\n"
     table = "\n".join(f"  {text:<{width}}  {value}" for text, value in rows)
     return "\n".join([head + table, *(f"  {line}" for line in _remarks(result))])
 
@@ -54,10 +59,10 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     if result["checkpoint"] != "newest":
         lines.append(f"checkpoint of outer step {result['meta_step']}: {result['checkpoint']}")
     if (found := result["calibration"]) is not None:
-        before, after = (f"{100 * found['ece'][place]:.1f} %" for place in (0, -1))
-        lines.append(
-            f"calibration error {before} before and {after} after adaptation ({found['num_bins']} bins)"
-        )
+        errors = [f"{100 * error:.1f} %" for error in found["ece"]]
+        what = "adaptation" if result.get("adapts", True) else "inner training"
+        both = f"{errors[0]} before and {errors[-1]} after {what}" if len(errors) > 1 else errors[0]
+        lines.append(f"calibration error {both} ({found['num_bins']} bins)")
     for gap, value in result["gaps"].items():
         scale, unit = (100, " points") if gap.endswith("accuracy") else (1, "")
         lines.append(f"{gap}: {scale * value['mean']:+.2f} ± {scale * value['ci95']:.2f}{unit}")
