@@ -28,7 +28,7 @@ def nets() -> Nets:
 def sampler(row: LearnerRow):
     """Batches of tasks, or minibatches of all classes for learners that are trained on those."""
     if not row.pretrained:
-        return bl.tasks.batch(bl.tasks.Glyphs(WAYS, 1, 5, "train"), TASKS)
+        return bl.tasks.batch(bl.tasks.Glyphs(WAYS, row.train_shots, 5, "train"), TASKS)
     images, labels = jax.vmap(lambda c, k: (bl.tasks.glyph(c, k), c))(
         jax.numpy.arange(CLASSES).repeat(20), jax.random.split(jax.random.key(0), 20 * CLASSES)
     )

@@ -118,6 +118,18 @@ def test_compare_uses_what_eval_stored_and_judges_the_rest_anew(runs, evaluated,
     assert (tmp_path / "compare.md").read_text().splitlines()[2] == "| run | accuracy | steps |"
 
 
+def test_stored_figures_that_are_damaged_are_judged_anew(runs, evaluated, tmp_path):
+    shutil.copytree(runs / "a", tmp_path / "cut")
+    path = tmp_path / "cut" / "per_task.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    assert _stored(read_trained(tmp_path / "cut"), 5, 2, 1) is None
+
+
+def test_one_test_set_names_no_winner():
+    found = paired(np.full(2, 0.9011), np.full(2, 0.9010))
+    assert not found.decided and "no winner is named" in winner("a", "b", found, "accuracy")
+
+
 def test_a_run_against_its_copy_is_exactly_equal(runs, evaluated, tmp_path, capsys):
     shutil.copytree(runs / "a", tmp_path / "copy")
     (tmp_path / "copy" / "per_task.npz").unlink()  # judged anew, it gives the stored figures again

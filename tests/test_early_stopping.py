@@ -142,6 +142,14 @@ def test_patience_stops_the_run_and_a_resume_leaves_it(whole, capsys):
     assert f"at step {step}" in capsys.readouterr().out
 
 
+def test_a_resume_with_another_validation_is_refused(whole, capsys):
+    folder, state = whole
+    words = ["train", NAME, "--folder", str(folder), "--resume", "--validation.patience", "10"]
+    assert main(words) == 2
+    assert "validation.patience is 2 there and 10 here; leave the flag out" in capsys.readouterr().err
+    assert Checkpoints(folder / "checkpoints").latest() == int(state.step)
+
+
 def test_the_callback_itself_asks_to_stop():
     experiment = WORSE.build()
     watch = EarlyStopping(experiment.learner, validation_classes(experiment), replace(ASKS, patience=1))

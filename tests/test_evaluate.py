@@ -13,6 +13,7 @@ from blobs_recipe import Blobs, blobs
 import bilevel as bl
 from bilevel.recipes.splits import seen_classes, unseen, validation_classes, with_shots
 from bilevel.tasks.hold_out import hold_out
+from bilevel.tasks.with_support import with_support
 from bilevel.train.calibration import calibration, tally
 from bilevel.train.evaluate import sketch
 from bilevel.train.intervals import Curve, all_right, diverged, independent_difference, interval
@@ -197,6 +198,14 @@ def test_transduction_is_measured(classifier):
     shared = bl.Learner(learner.problem, learner.solver, learner.estimator, learner.init_meta, centred)
     change = transduction(shared, meta, sample, jax.random.key(0))
     assert change > 0.01 and "transductive" in in_words(change)
+
+    def by_support(params, meta, x):  # on the first half of the batch, where `with_support` puts the support
+        return learner.predict(params, meta, x - x[: x.shape[0] // 2].mean(0))
+
+    inductive = bl.Learner(learner.problem, learner.solver, learner.estimator, learner.init_meta, by_support)
+    in_front = with_support(dataclasses.replace(sample, queries=sample.shots))
+    assert transduction(inductive, meta, in_front, jax.random.key(0)) == 0.0
+    assert transduction(shared, meta, in_front, jax.random.key(0)) > 0.01
     silent = bl.Learner(learner.problem, learner.solver, learner.estimator)
     assert transduction(silent, meta, sample, jax.random.key(0)) is None
 

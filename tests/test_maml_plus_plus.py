@@ -11,6 +11,8 @@ from bilevel.hypergrad.first_order.annealed import AnnealedOrder
 from bilevel.learners import cross_entropy
 from bilevel.learners.maml_plus_plus import maml_plus_plus, split_norms
 from bilevel.nets import Net
+from bilevel.recipes.few_shot import FewShotData
+from bilevel.recipes.maml_plus_plus import MamlPlusPlus
 from bilevel.tasks.with_support import with_support
 from bilevel.testing import assert_close, assert_derivative, assert_trees_close
 
@@ -245,3 +247,10 @@ def test_with_support_puts_the_support_in_front():
         with_support(3)
     with pytest.raises(TypeError, match="whole-numbered labels, got float32"):
         with_support(bl.tasks.sinusoid)(KEY)
+
+
+def test_support_norm_finds_the_support_in_front_of_every_query():
+    data = FewShotData(dataset="glyphs", ways=2, shots=3, eval_queries=1)
+    experiment = MamlPlusPlus(norm="support", filters=2, task=data).build()
+    samplers = experiment.sample_test, experiment.sample_validation
+    assert [jax.eval_shape(sample, KEY).query[0].shape[0] for sample in samplers] == [8, 8]

@@ -127,14 +127,18 @@ def test_text_of_your_own_is_read(tmp_path):
     (tmp_path / "sources" / "books").mkdir(parents=True)
     (tmp_path / "sources" / "books" / "1.txt").write_text("one " * 20)
     (tmp_path / "sources" / "books" / "2.txt").write_text("two " * 20)
+    for version, text in {"v1.0": "old ", "v1.1": "new "}.items():  # of one stem
+        (tmp_path / "sources" / version).mkdir()
+        (tmp_path / "sources" / version / "1.txt").write_text(text * 20)
     (tmp_path / "sources" / "chat.txt").write_bytes("höflich ".encode() * 20)
     (tmp_path / "target.txt").write_text("three " * 20)
     recipe = MixtureWeights(
         sources=tmp_path / "sources", target=tmp_path / "target.txt", length=8, width=4, num_layers=1
     )
     experiment = recipe.build()
-    assert set(experiment.meta_figures({"logits": jnp.zeros(2)})) == {"weight of books", "weight of chat"}
-    assert experiment.sample_test(KEY).support.shape[0] == 2
+    names = {f"weight of {name}" for name in ("books", "chat", "v1.0", "v1.1")}
+    assert set(experiment.meta_figures({"logits": jnp.zeros(4)})) == names
+    assert experiment.sample_test(KEY).support.shape[0] == 4
 
 
 def test_what_cannot_be_mixed_is_refused(tmp_path):
@@ -143,6 +147,11 @@ def test_what_cannot_be_mixed_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("abc")
     with pytest.raises(ValueError, match="at least two sources, got 1"):
         read_sources(tmp_path / "a", tmp_path / "short.txt")
+    (tmp_path / "twins").mkdir()
+    for name in ("code.py", "code.js"):
+        (tmp_path / "twins" / name).write_text("x" * 100)
+    with pytest.raises(ValueError, match=r"code.js and .*code.py would both be the source 'code'"):
+        read_sources(tmp_path / "twins", tmp_path / "short.txt")
     with pytest.raises(FileNotFoundError, match="no folder"):
         read_sources(tmp_path / "b", tmp_path / "short.txt")
     with pytest.raises(FileNotFoundError, match="no target"):

@@ -1,10 +1,12 @@
 """Which classes a few-shot recipe trains on, stops by and is tested on."""
 
+import jax
 import numpy as np
 import pytest
 
 import bilevel as bl
 from bilevel.recipes.few_shot import FewShotData
+from bilevel.recipes.maml_omniglot import MamlOmniglot
 
 CLASSES = {"train": range(40), "test": range(40, 60)}
 
@@ -31,6 +33,13 @@ def test_validation_classes_are_apart_and_unturned():
     assert len(classes(held)) == 8 and not held.rotations and train.rotations
     assert classes(train) | classes(held) == set(CLASSES["train"]) and not classes(train) & classes(held)
     assert classes(test) == set(CLASSES["test"])
+
+
+def test_maml_takes_pictures_of_any_shape(monkeypatch):
+    monkeypatch.setattr(FewShotData, "image_shape", (16, 20, 3))
+    learner = MamlOmniglot(filters=2, task=FewShotData("omniglot", eval_queries=1)).build().learner
+    meta = jax.eval_shape(learner.init_meta, jax.random.key(0))
+    assert meta["init"]["block_0"]["w"].shape == (2, 27)
 
 
 def test_few_training_classes_leave_the_validation_classes_alone():

@@ -243,6 +243,29 @@ def test_only_a_config(tmp_path):
     assert_self_contained(write_report([run, other]).read_text(encoding="utf-8"))
 
 
+def test_a_damaged_file_of_examples_is_a_note(tmp_path):
+    run = make_run(tmp_path / "run")
+    path = run / "examples.npz"
+    with np.load(path) as arrays:
+        np.savez_compressed(path, **dict(arrays))
+    bytes_ = bytearray(path.read_bytes())
+    bytes_[80:120] = bytes(40)  # inside the compressed data: zlib says so, not zipfile
+    path.write_bytes(bytes_)
+    page = assert_self_contained(write_report([run]).read_text(encoding="utf-8"))
+    assert "examples.npz is not readable" in page.text
+
+
+def test_a_single_test_set_has_no_interval(tmp_path):
+    run = make_run(tmp_path / "run")
+    path = run / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for curve in evaluation["curves"].values():
+        curve["ci95"] = [0.0] * len(curve["ci95"])
+    path.write_text(json.dumps(evaluation | {"scratch": None}))
+    lead = write_report([run]).read_text(encoding="utf-8").split("<h2")[1]
+    assert "±" not in lead and "single test set" in lead
+
+
 def test_half_written_line(tmp_path):
     run = make_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:

@@ -198,6 +198,7 @@ def test_validation_is_the_objective_where_there_is_one(tmp_path):
     assert run(*words, "--average", "2", folder=tmp_path / "s") == 0
     search, book = read_search(tmp_path / "s"), book_of(tmp_path / "s")
     assert search.objectives == ("validation_loss",)
+    assert "--validation.every 4" in read_config(trial_folder(tmp_path / "s", 0))["command"]
     for trial in book.trials():
         rows = read_metrics(trial_folder(tmp_path / "s", trial.number) / "metrics.jsonl")
         figures = [row["validation_loss"] for row in rows if "validation_loss" in row]

@@ -242,6 +242,15 @@ def test_damaged_lists_are_told(tmp_path, out, text, message):
 # Objects in memory, saved or not
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_damaged_npz_is_told(tmp_path, out, share):
+    path = tmp_path / "c.npz"
+    np.savez_compressed(path, images=stacked(NAMES), labels=np.repeat(NAMES, 3))
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"c.npz is damaged or no .npz of plain arrays .* get it again"):
+        convert(path, out, splits=BY_SPLIT)
+
+
 def test_arrays(tmp_path, out):
     images, labels = stacked(NAMES), np.repeat(NAMES, 3)
     assert convert((images, labels), out, splits=BY_SPLIT).counts() == COUNTS

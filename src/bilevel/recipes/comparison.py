@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -132,8 +134,11 @@ def _stored(run: Trained, count: int, steps: int | None, seed: int) -> dict[str,
     path = run.folder / PER_TASK
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # damaged: the run is judged anew
     about = {name: int(arrays.pop(name)) for name in ("seed", "meta_step", "num_steps")}
     wanted = {"seed": seed, "meta_step": run.meta_step}
     if steps is not None:
@@ -181,7 +186,8 @@ def _table(
     scale, unit, digits = (100, " %", 2) if figure == "accuracy" else (1, "", 4)
 
     def plus_minus(mean: float, half: float, sign: str = "") -> str:
-        return f"{scale * mean:{sign}.{digits}f} ± {scale * half:.{digits}f}"
+        width = f" ± {scale * half:.{digits}f}" if half else ""  # one test set has no interval
+        return f"{scale * mean:{sign}.{digits}f}{width}"
 
     lines = [
         f"The same {num_tasks} test tasks, {figure} with 95% intervals.",

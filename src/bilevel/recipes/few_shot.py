@@ -129,7 +129,7 @@ class FewShotData:
         fields = {
             "sample_tasks": self.training(),
             "sample_test": replace(test, queries=self.eval_queries),
-            "sample_validation": self._validation(),
+            "sample_validation": self.validation(),
             "other_tests": others,
             "protocol": (
                 f"{self._classes()}, {self.ways}-way {self.shots}-shot, {self.eval_queries} a class to tell, "
@@ -143,7 +143,7 @@ class FewShotData:
         }
         return Experiment(learner, optimizer, **(fields | more))
 
-    def _validation(self) -> Callable[[Key], Task] | None:
+    def validation(self) -> Callable[[Key], Task] | None:
         """Tasks of classes that are neither trained on nor tested, where there are some."""
         if self.dataset == "omniglot" and not self.validation_classes:
             return None

@@ -40,7 +40,11 @@ class MamlOmniglot:
     def build(self) -> Experiment:
         """Read the data and put the experiment together."""
         net = bl.nets.conv4(
-            self.task.ways, self.filters, compute_dtype=self.compute_dtype, dropout=self.dropout
+            self.task.ways,
+            self.filters,
+            image_shape=self.task.image_shape,
+            compute_dtype=self.compute_dtype,
+            dropout=self.dropout,
         )
         loss = bl.learners.cross_entropy
         return self.task.experiment(

@@ -75,9 +75,11 @@ class MamlPlusPlus:
         schedule = optax.cosine_decay_schedule(self.learning_rate, self.num_meta_steps, alpha=0.01)
         more = {}
         if support:
+            validation = task.validation()
             more = {
                 "sample_tasks": bl.tasks.batch(with_support(task.sampler("train")), task.num_tasks),
                 "sample_test": with_support(task.sampler("test", queries=task.eval_queries)),
+                "sample_validation": None if validation is None else with_support(validation),
                 "pictures": "none",
             }
         return task.experiment(

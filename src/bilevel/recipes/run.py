@@ -90,7 +90,8 @@ def train_recipe(
     Args:
         name: the recipe's name, or path/to/file.py:Name.
         command: what to type to repeat the run.
-        validation: whether to validate on held-out classes on the way, and when to stop for it.
+        validation: whether to validate on held-out classes on the way, and when to stop for it; on a resume
+            as it was when left out, and nothing else.
         on_chunk: more callbacks of `bl.train`; they see the figures of the validation too.
         begin: where a new run starts, from the experiment and where it would start by itself. The state is
             the first checkpoint, written before anything else: a run killed at once goes on from it too.
@@ -100,6 +101,14 @@ def train_recipe(
         written. Nothing is left behind by a run that could not be built.
     """
     check_folder(name, recipe, folder, resume)
+    if resume:
+        saved = saved_validation(folder)
+        validation = validation or saved
+        if difference := first_difference(asdict(saved), asdict(validation), "validation."):
+            raise ValueError(
+                f"{folder} was started with another validation: {difference}; leave the flag out, or take "
+                "another --folder"
+            )
     validation = validation or Validation()
     options = getattr(recipe, "loop", None) or bl.Options()
     if options.devices > 1:

@@ -1,5 +1,6 @@
 """The two sections of curves: against adaptation steps, and against outer steps."""
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -31,7 +32,12 @@ def inner_loop(runs: Sequence[Run]) -> str:
 
 def end_of(curve: Curve | None, name: str, place: int = -1) -> str:
     """A curve's last value in writing, or the one at `place`."""
-    return "—" if curve is None else measure(name, curve.mean[place], curve.half[place])
+    return "—" if curve is None else measure(name, curve.mean[place], half_of(curve, place))
+
+
+def half_of(curve: Curve, place: int = -1) -> float:
+    """The half-width there; NaN where all are 0, of a single test set, which has no interval."""
+    return float(curve.half[place]) if np.any(curve.half) else math.nan
 
 
 def series(place: int) -> str:

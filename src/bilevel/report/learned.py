@@ -3,6 +3,7 @@
 import base64
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -80,7 +81,7 @@ def _read(run: Run) -> dict[str, np.ndarray]:
         with np.load(run.folder / "learned.npz", allow_pickle=False) as file:
             captions = [str(caption) for caption in file["captions"]]
             found = {name: np.asarray(file[f"pictures_{i}"], float) for i, name in enumerate(captions)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return {}
     return {name: array for name, array in found.items() if array.ndim == 3 and array.size}
 

@@ -104,6 +104,8 @@ def _intervals(runs: Sequence[Run]) -> str:
     if not name:
         return ""
     said = escape(figure_name(name))
+    if not any(np.any(run.curves[name].half) for run in runs if name in run.curves):
+        return f"{said}, of a single test set, which has no interval."
     what = "tasks" if inner_loop(runs) == "adaptation" else "trainings"
     return f"{said}, mean over {what} ± half-width of the 95 % confidence interval."
 
@@ -150,7 +152,7 @@ def _result_alone(run: Run, name: str) -> str:
     if np.isfinite(seconds):
         terms.append(("Evaluated in", duration(seconds)))
     listed = "".join(f"<div><dt>{term}</dt><dd>{text}</dd></div>" for term, text in terms)
-    value, half = measure(name, meta.mean[-1], meta.half[-1]), ""
+    value, half = end_of(meta, name), ""
     if "±" in value:
         value, _, half = value.partition(" ± ")
         half = f"<span>± {half}</span>"

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ def _read_examples(path: Path, notes: list[Note], command: str) -> dict[str, np.
     try:
         with np.load(path, allow_pickle=False) as arrays:
             examples = {key: arrays[key] for key in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
         notes.append(Note(f"{path.name} is not readable ({type(error).__name__}).", command))
         return {}
     wrong = _wrong_shapes(examples)

@@ -23,6 +23,7 @@ from bilevel.search.spec import Search, trial_folder
 from bilevel.search.study import Book, draw
 from bilevel.search.warm_start import begin_near, keep_meta, neighbours
 from bilevel.train.checkpoint import Checkpoints
+from bilevel.train.early_stopping import Validation
 from bilevel.train.metrics import read_metrics
 
 SECONDS = "seconds"  # an objective that is no column of the metrics: how long the run trained
@@ -89,14 +90,19 @@ def _outcome(
         book.set(trial.number, warm_start=origin)
         return state
 
-    command = ["bilevel", "train", search.recipe, *to_flags(recipe, find_recipe(search.recipe)())]
+    validation = search.build_validation()
+    command = [
+        *("bilevel", "train", search.recipe),
+        *to_flags(recipe, find_recipe(search.recipe)()),
+        *to_flags(validation, Validation(), "--validation."),
+    ]
     end = train_recipe(
         search.recipe,
         recipe,
         run,
         resume,
         shlex.join([*command, "--folder", str(run)]),
-        search.build_validation(),
+        validation,
         on_chunk=[watch, lambda state, values: asked()],
         begin=begin if search.warm_start else None,
     )

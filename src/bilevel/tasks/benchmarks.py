@@ -142,6 +142,19 @@ def _tiered_pictures(path: Path) -> Any:
     return read_npz(path, ("images",))["images"] if path.suffix == ".npz" else read_pickle(path)
 
 
+def npz_names(path: Path) -> set[str]:
+    """The names of the arrays of an .npz file.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return set(file.files)
+    except Exception as error:  # zip, zlib and NumPy have each their own
+        raise _damaged(path, error) from error
+
+
 def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of an .npz file, without pickles.
 
@@ -153,8 +166,12 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             return {name: file[name] for name in names}
     except KeyError as error:
         raise ValueError(f"{path} must hold {', '.join(names)}, but {error.args[0]}") from error
-    except Exception as error:  # zip, zlib and NumPy have each their own
-        raise ValueError(f"{path} is damaged or no .npz of plain arrays ({error}); get it again") from error
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged or no .npz of plain arrays ({error}); get it again")
 
 
 def split_pickles(root: Path) -> tuple[str, dict[str, Path]] | None:

@@ -171,8 +171,7 @@ def _from_file(path: Path, dataset: Dataset) -> tuple[str, Found]:
 
 
 def _npz(path: Path) -> Found:
-    with np.load(path, allow_pickle=False) as file:
-        names = set(file.files)
+    names = benchmarks.npz_names(path)
     parts = {ALIASES[k]: k for k in ALIASES if {f"{k}_images", f"{k}_labels"} <= names}
     if not parts:
         arrays = benchmarks.read_npz(path, ("images", "labels"))

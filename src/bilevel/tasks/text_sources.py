@@ -86,7 +86,7 @@ def read_sources(sources: Path, target: Path, length: int = 64) -> TextSources:
 
     Raises:
         FileNotFoundError: when there is no such folder or target.
-        ValueError: for fewer than two sources, or one that is shorter than a window.
+        ValueError: for fewer than two sources, two of one name, or one that is shorter than a window.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -103,7 +103,15 @@ def read_sources(sources: Path, target: Path, length: int = 64) -> TextSources:
     entries = sorted(path for path in sources.iterdir() if not path.name.startswith("."))
     if len(entries) < 2:
         raise ValueError(f"a mixture needs at least two sources, got {len(entries)} in {sources}")
-    return windows({path.stem: _read(path) for path in entries}, _read(target), length)
+    named: dict[str, Path] = {}
+    for path in entries:
+        name = path.name if path.is_dir() else path.stem
+        if name in named:
+            raise ValueError(
+                f"{named[name]} and {path} would both be the source {name!r}; rename one of them"
+            )
+        named[name] = path
+    return windows({name: _read(path) for name, path in named.items()}, _read(target), length)
 
 
 def windows(sources: Mapping[str, bytes], target: bytes, length: int) -> TextSources:

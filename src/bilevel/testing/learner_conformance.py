@@ -52,6 +52,7 @@ class LearnerRow(NamedTuple):
         pretrained: trained on minibatches of all classes, and not on tasks.
         nested: takes networks whose parameters are lists and tuples inside dictionaries.
         vectors: learns `clusters` with a small perceptron; else it needs pictures (`bench/learners.py`).
+        train_shots: examples of a class that a training task of pictures gives.
     """
 
     make: Callable[[Nets], Learner]
@@ -59,6 +60,7 @@ class LearnerRow(NamedTuple):
     pretrained: bool = False
     nested: bool = True
     vectors: bool = True
+    train_shots: int = 1
 
     def optimizer(self, rate: float = 1e-2) -> optax.GradientTransformation:
         """Of the outer loop: Adam with this rate, or plain descent."""
@@ -113,12 +115,21 @@ LEARNERS: dict[str, LearnerRow] = {
         )
     ),
     "reptile": LearnerRow(
-        lambda n: learners.reptile(n.classifier, _loss, num_steps=5, rate=1e-2), descent=0.5, vectors=False
+        lambda n: learners.reptile(
+            n.classifier, _loss, num_steps=5, batch_size=10 if n.pictures else None, rate=1e-2
+        ),
+        descent=0.5,
+        vectors=False,
+        train_shots=10,
     ),
     "imaml": LearnerRow(lambda n: learners.imaml(n.classifier, _loss, num_steps=20, rate=0.1, strength=1.0)),
     "cavia": LearnerRow(
         lambda n: learners.cavia(
-            n.classifier, _loss, context=learners.FilmContext(8, "head"), num_steps=2, rate=1.0
+            n.classifier,
+            _loss,
+            context=learners.FilmContext(100, "block_2") if n.pictures else learners.FilmContext(8, "head"),
+            num_steps=2,
+            rate=1.0,
         )
     ),
     "meta-curvature": LearnerRow(

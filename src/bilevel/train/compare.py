@@ -29,9 +29,9 @@ class Paired(NamedTuple):
 
     @property
     def decided(self) -> bool:
-        """Whether zero lies outside both intervals."""
+        """Whether zero lies outside both intervals; never where all tasks differ alike and there is none."""
         low, high = self.bootstrap
-        return abs(self.difference) > self.ci95 and (low > 0 or high < 0)
+        return self.ci95 > 0 and abs(self.difference) > self.ci95 and (low > 0 or high < 0)
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -116,11 +116,20 @@ def winner(name_a: str, name_b: str, found: Paired, figure: str) -> str:
     A is better than B: accuracy 2.10 ± 0.40 points higher on the same 600 tasks.
     >>> print(winner("A", "B", Paired(0.0, 0.0, (0.0, 0.0), 0.01, 600, 1.0), "accuracy"))
     A and B are equal on every one of the 600 tasks.
+    >>> one = Paired(0.0001, 0.0, (0.0001, 0.0001), 0.0, 2, 0.0)
+    >>> one.decided, winner("A", "B", one, "accuracy").split(" on ")[0]
+    (False, 'no winner is named: A minus B is +0.01 points in accuracy')
     """
     tasks = f"the same {found.num_tasks} tasks"
     if found.ties == 1:
         return f"{name_a} and {name_b} are equal on every one of the {found.num_tasks} tasks."
     percent = figure.endswith("accuracy")
+    if found.ci95 == 0:  # one test set, judged more than once
+        size = f"{100 * found.difference:+.2f} points" if percent else f"{found.difference:+.4g}"
+        return (
+            f"no winner is named: {name_a} minus {name_b} is {size} in {figure} on each of {tasks}, "
+            "which says nothing of another test set or another seed; train several seeds of each."
+        )
     size, half = (100 * v if percent else v for v in (abs(found.difference), found.ci95))
     text = f"{size:.2f} ± {half:.2f} points" if percent else f"{size:.4g} ± {half:.2g}"
     if not found.decided:

@@ -22,7 +22,7 @@ def transduction(
 ) -> float | None:
     """How much an answer changes when the other query examples do, in units of the answers' spread.
 
-        max |predict(x)[i] − predict(x')[i]| / std(predict(x)),   x' = x with its second half replaced
+        max |predict(x)[i] − predict(x')[i]| / std(predict(x)),   x' = x with half of its queries replaced
 
     Batch norm on the statistics of the query batch does this: the figures then depend on how many query
     examples there are and on their classes being balanced, and must not be compared with those of
@@ -49,14 +49,24 @@ def transduction(
     def change(meta: Meta, task: Task, key: Key) -> jax.Array:
         params = adapt(learner, meta, task, key)
         x = task.query[0]
-        half = x.shape[0] // 2
-        other = x.at[half:].set(jnp.broadcast_to(x[:1], x[half:].shape))
-        before, after = predict(params, meta, x), predict(params, meta, other)
-        return jnp.abs(before - after)[:half].max() / jnp.maximum(before.std(), 1e-30)
+        asked = _asked(task.query)
+        rank, half = jnp.cumsum(asked), asked.sum() // 2
+        replaced = (asked & (rank > half)).reshape(-1, *[1] * (x.ndim - 1))
+        before, after = predict(params, meta, x), predict(params, meta, jnp.where(replaced, x[:1], x))
+        changed = jnp.abs(before - after).reshape(len(x), -1).max(1)
+        return jnp.max(jnp.where(asked & (rank <= half), changed, 0)) / jnp.maximum(before.std(), 1e-30)
 
     changes = np.concatenate(list(over_tasks(change, sample_task, num_tasks)(meta, key)))
     worst = float(changes.max())
     return 0.0 if worst < _ROUNDING else worst
+
+
+def _asked(query: tuple) -> jax.Array:
+    """Which rows are queries: those without a label are the support in front of them (`with_support`)."""
+    labels = query[1] if len(query) == 2 and isinstance(query[1], jax.Array) else None
+    if labels is None or labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        return jnp.ones(query[0].shape[0], bool)
+    return labels >= 0
 
 
 def in_words(change: float | None) -> str:
