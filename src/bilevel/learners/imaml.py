@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import optax
 
-from bilevel.hypergrad import Implicit, cg
+from bilevel.hypergrad import Implicit, gmres
 from bilevel.inner import Gradient, proximal
 from bilevel.learners.supervised import supervised
 from bilevel.nets import Net
@@ -33,11 +33,13 @@ def imaml(
         rate: of these steps.
         strength: λ. 2.0 is the published value for Omniglot, 0.5 for mini-ImageNet. Small values adapt more
             and are harder to solve for; where λ is below the most negative curvature of the loss there is no
-            minimum to speak of, and conjugate gradients break down.
+            minimum to speak of.
         solver: in place of `num_steps` and `rate`, any way to solve the inner problem, such as
             `bl.inner.Converged(optimistix.BFGS(...))`.
-        estimator: `Implicit(cg(5))` by default, with any linear solver. The published code also adds 1 to the
-            diagonal of its system; this one solves the system that the formula states.
+        estimator: `Implicit(gmres(5))` by default, with any linear solver. The paper has `cg(5)`, which needs
+            positive curvature: with ReLU and batch norm it often finds none at the published λ, and what it
+            then returns is mostly noise. (The published code adds 1 to the diagonal of its system and 10 to λ
+            in it; here the system is the one that the formula states.)
 
     Returns:
         A `Learner` whose meta is `{"init": params}`.
@@ -45,7 +47,8 @@ def imaml(
     Raises:
         ValueError: when `strength` is not positive.
 
-    Cost: K inner gradients and about 2 more for each step of the linear solver; memory independent of K.
+    Cost: K inner gradients and about 2 more for each step of the linear solver; memory independent of K, of a
+    vector a step of the linear solver.
     Biased by what is missing to φ* and to the linear solve: `stats["inner_error"]` and `["linear_residual"]`
     say how much. Evaluation takes steps of the same tied problem.
 
@@ -62,7 +65,7 @@ def imaml(
     return Learner(
         proximal(problem, strength),
         solver or Gradient(optax.sgd(rate), num_steps),
-        estimator or Implicit(cg(5)),
+        estimator or Implicit(gmres(5)),
         lambda key: {"init": net.init(key)},
         predict,
     )

@@ -1,6 +1,7 @@
 """iMAML on few-shot classification (Rajeswaran et al., 2019)."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import optax
 
@@ -24,8 +25,10 @@ class Imaml:
     """Inner learning rate."""
     strength: float = 2.0
     """λ, how strongly the solution is tied to the initialization."""
-    cg_steps: int = 5
-    """Steps of conjugate gradients."""
+    linear_solver: Literal["gmres", "cg"] = "gmres"
+    """Of the implicit system; cg, as published, breaks down where the inner loss is not convex."""
+    linear_steps: int = 5
+    """Its Hessian-vector products."""
     learning_rate: float = 1e-3
     """Of the outer Adam, at the start; it falls to a hundredth along a cosine."""
     eval_steps: int = 16
@@ -39,13 +42,14 @@ class Imaml:
         """Read the data and put the experiment together."""
         net = bl.nets.conv4(self.task.ways, self.filters, image_shape=self.task.image_shape)
         loss = bl.learners.cross_entropy
+        solve = bl.hypergrad.gmres if self.linear_solver == "gmres" else bl.hypergrad.cg
         learner = imaml(
             net,
             loss,
             num_steps=self.num_steps,
             rate=self.rate,
             strength=self.strength,
-            estimator=bl.hypergrad.Implicit(bl.hypergrad.cg(self.cg_steps)),
+            estimator=bl.hypergrad.Implicit(solve(self.linear_steps)),
         )
         return self.task.experiment(
             learner,
