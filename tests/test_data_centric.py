@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel.hypergrad import Unroll
+from bilevel.hypergrad import MultiStep, Unroll
 from bilevel.learners.learning_to_reweight import Reweight, learning_to_reweight
 from bilevel.learners.meta_weight_net import example_weights, meta_weight_net
 from bilevel.learners.weighted import Online, class_weights, equal_weights, plain_training, weighted_problem
@@ -207,15 +207,19 @@ def test_plain_training_is_the_gradient_of_the_training_loss(x64):
 def test_any_estimator_looks_ahead(x64):
     learner, (task, _) = meta_weight_net(NET, hidden=5), batches(0.3)
     meta = learner.init_meta(KEY)
-    other = dataclasses.replace(learner, estimator=Online(Unroll()))
-    a, b = estimated(learner, meta, task).grad, estimated(other, meta, task).grad
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), a, b)
+    expected = estimated(learner, meta, task).grad
+    for estimator in (Unroll(), MultiStep(5)):  # of one step; the second has a state
+        other = dataclasses.replace(learner, estimator=Online(estimator))
+        found = estimated(other, meta, task).grad
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), expected, found)
 
 
 def test_a_meta_without_a_model_is_refused():
     for estimator in (Online(), Reweight()):
         with pytest.raises(TypeError, match=r'trains meta\["model"\].*got ArrayImpl.*init_meta'):
             estimator.init(None, None, jnp.zeros(3), None, KEY)
+    with pytest.raises(ValueError, match=r"estimator must carry no state, and MultiStep carries one"):
+        Reweight(MultiStep(5)).init(None, None, {"model": jnp.zeros(3)}, None, KEY)
     for make in (learning_to_reweight, meta_weight_net):
         with pytest.raises(ValueError, match=f"{make.__name__} needs a positive rate"):
             make(NET, 0.0)

@@ -9,8 +9,12 @@ import pytest
 
 import bilevel as bl
 from bilevel.hypergrad.doubts import Doubter, HypergradientWarning
+from bilevel.hypergrad.first_order.annealed import AnnealedOrder
 from bilevel.hypergrad.implicit.implicit import Implicit
 from bilevel.hypergrad.implicit.linear_solvers import cg
+from bilevel.learners.learning_to_reweight import Reweight
+from bilevel.learners.warp_grad import WarpGradient
+from bilevel.learners.weighted import Online
 
 KEY = jax.random.key(0)
 CURVATURES = jnp.array([1.0, 4.0, 9.0])
@@ -81,3 +85,29 @@ def test_kinds_differ_by_words_not_by_figures():
             doubter({"a": jnp.array([a, a])})
 
     assert warned(ask) == ["off by 0.5", "not finite: nan"]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        Online,
+        Reweight,
+        WarpGradient,
+        lambda inner: AnnealedOrder(inner, 3),
+        lambda inner: bl.hypergrad.ScoreFunction(4, discrete=lambda name: "c" in name, adjoint=inner),
+    ],
+)
+def test_whoever_wraps_an_estimator_passes_its_doubts_on(around):
+    inner = Implicit(cg(1))
+    stats = {"finite": 1.0, "inner_residual": 3.0, "inner_error": 0.5, "linear_residual": 0.4}
+    said = inner.doubts(stats)
+    assert said and all(sentence in around(inner).doubts(stats) for sentence in said)
+    assert not around(bl.hypergrad.Mixed()).doubts(stats)
+
+
+def test_where_some_tasks_diverge_the_remedy_is_that_of_divergence():
+    nan = float("nan")
+    stats = {"finite": 0.75, "inner_residual": nan, "inner_error": nan, "linear_residual": nan}
+    said = Implicit(cg(2)).doubts(stats)
+    assert "not finite in 25% of the tasks" in said[0] and "Lower its step size" in said[0]
+    assert not any("Take more inner steps" in sentence for sentence in said)

@@ -171,6 +171,15 @@ def test_a_negative_penalty_is_no_minimum(x64, num_examples, rho):
     assert np.all(np.isnan(ridge.solve(problem, 0.0, task, KEY).params))
 
 
+def test_ridge_of_features_in_bfloat16():
+    x, y = np.array([[1.0, 0.5], [0.25, 1.0], [1.0, 1.0]]), np.array([1.0, 2.0, 3.0])
+    ridge = Ridge(lambda meta, x: x.astype(jnp.bfloat16), lambda meta: jnp.bfloat16(0.5))
+    problem = bl.Problem(lambda meta, key: jnp.zeros(2), ridge.loss, ridge.error)
+    found = ridge.solve(problem, 0.0, bl.Task((x, y), None), KEY).params
+    assert found.dtype == jnp.float32
+    assert_close("params", found, np.linalg.solve(x.T @ x / 3 + 0.5 * np.eye(2), x.T @ y / 3), 1e-5)
+
+
 def test_what_ridge_refuses():
     with pytest.raises(TypeError, match=r"Ridge\.penalty must be a function, got float"):
         Ridge(lambda meta, x: x, 0.1)
@@ -265,3 +274,5 @@ def test_what_proximal_refuses():
     random = proximal(bl.Problem(lambda meta, key: jax.random.normal(key), *[lambda *args: 0.0] * 2), 1.0)
     with pytest.raises(ValueError, match=r"init that does not use its key.*put the initialization into meta"):
         random.inner_loss(0.0, 0.0, None, KEY)
+    compiled = proximal(bl.Problem(jax.jit(lambda meta, key: 2.0 * meta), *[lambda *args: 0.0] * 2), 1.0)
+    assert_close("pull", compiled.inner_loss(5.0, 1.0, None, KEY), 4.5, 1e-6)

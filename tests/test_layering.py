@@ -37,6 +37,7 @@ LEVELS = (
     "tasks",
     "nets",
     "linalg",
+    "dependence",
     "sharding",
     "problem",
     "errors",

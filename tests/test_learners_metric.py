@@ -262,6 +262,9 @@ def test_relation_error():
     )
     assert_close("loss", loss, expected, 1e-6)
     assert metrics["accuracy"] == 0.5
+    for wrong in ([0, 2, -1], [0, -2, 1], [-1, -1, -1]):  # never a loss that looks like one
+        loss, metrics = relation_error(logits, jnp.array(wrong))
+        assert jnp.isnan(loss) and jnp.isnan(metrics["accuracy"])
 
 
 def test_noise_is_in_the_outer_loss_only():

@@ -254,3 +254,19 @@ def test_support_norm_finds_the_support_in_front_of_every_query():
     experiment = MamlPlusPlus(norm="support", filters=2, task=data).build()
     samplers = experiment.sample_test, experiment.sample_validation
     assert [jax.eval_shape(sample, KEY).query[0].shape[0] for sample in samplers] == [8, 8]
+
+
+def test_the_first_order_phase_is_the_same_for_whoever_comes_after(x64):
+    problem = bl.Problem(
+        init=lambda meta, key: meta["init"],
+        inner_loss=lambda params, meta, batch, key: 0.5 * params**2 + meta["tilt"] * params,
+        outer_loss=lambda params, meta, batch, key: params,
+    )
+    solver, meta = bl.inner.Gradient(optax.sgd(0.5), 3), {"init": jnp.float64(8), "tilt": jnp.float64(1)}
+    for then in (Mixed(), Unroll(), bl.hypergrad.Forward()):
+        estimator = AnnealedOrder(then, 1)
+        state = estimator.init(problem, solver, meta, bl.Task(None, None), KEY)
+        first, state = estimator.estimate(problem, solver, meta, bl.Task(None, None), state, KEY)
+        second, _ = estimator.estimate(problem, solver, meta, bl.Task(None, None), state, KEY)
+        assert_trees_close("first", first.grad, {"init": 1.0, "tilt": 0.0}, 1e-12)
+        assert_trees_close("second", second.grad, {"init": 0.125, "tilt": -0.875}, 1e-12)

@@ -233,6 +233,12 @@ REFUSED = {
     "folds": (HypergradientSearchCV(Ridge(), cv=1000), ValueError, "n_splits=1000"),
     "estimator": (HypergradientSearchCV(Ridge(), hypergradient=3), TypeError, "bl.hypergrad"),
     "alpha for each target": (HypergradientSearchCV(Ridge(alpha=[1.0, 2.0])), ValueError, "one number"),
+    "alpha in an array": (HypergradientSearchCV(Ridge(alpha=np.ones(2))), ValueError, "one number"),
+    "per feature of what is not tuned": (
+        HypergradientSearchCV(KernelRidge(kernel="rbf"), ["alpha"], per_feature=True),
+        ValueError,
+        "gamma for each feature, which param_space leaves out",
+    ),
     "per feature": (PerFeature(Ridge(), values=[1.0]), ValueError, "each of the 4 features"),
 }
 

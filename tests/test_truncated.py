@@ -138,6 +138,20 @@ def test_doubts_name_the_figures_and_the_remedy(x64):
     assert truncated(K).stats["adjoint_share"] == 0
 
 
+def test_an_adjoint_in_the_memory_of_the_optimizer_counts(x64):
+    """At the cut the adjoint of params is 0 here; that of the momentum moves it one step further back."""
+    problem = bl.Problem(
+        init=lambda meta, key: jnp.asarray(5.0),
+        inner_loss=lambda params, meta, batch, key: 0.5 * (params - meta) ** 2,
+        outer_loss=lambda params, meta, batch, key: params,
+    )
+    solver = bl.inner.Gradient(optax.sgd(1.0, momentum=0.9), 2)
+    with pytest.warns(bl.HypergradientWarning, match="cut off 1 inner steps"):
+        h = bl.hypergradient(problem, solver, Truncated(1), 2.0, NO_TASK, KEY)
+    assert_close("truncated", h.grad, 1.0, 1e-12)  # exact: 1.9
+    assert_close("share", h.stats["adjoint_share"], 0.9, 1e-12)
+
+
 # Zeros by construction
 
 

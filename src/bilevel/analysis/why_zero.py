@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from bilevel.analysis.objective import is_formula, params_like
-from bilevel.hypergrad.dependence import unused_leaves
+from bilevel.dependence import unused_leaves
 from bilevel.problem import InnerSolver, IterativeSolver, Key, Meta, Problem, Task
 
 

@@ -32,7 +32,10 @@ def as_floats(meta: Meta) -> Meta:
 
     Raises:
         TypeError: when a leaf is not a float, so that it cannot be perturbed.
+        ValueError: when there is no leaf.
     """
+    if not jax.tree.leaves(meta):
+        raise ValueError(f"meta has no arrays in it, so there is nothing to learn; got {meta!r}")
 
     def convert(path, leaf):
         dtype = jnp.result_type(leaf)

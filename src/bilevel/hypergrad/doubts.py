@@ -20,6 +20,14 @@ class FirstOrderWarning(UserWarning):
     """A meta leaf gets a hypergradient of exactly zero, because the estimator drops the path it acts by."""
 
 
+def doubts_of(estimator: Any, stats: Mapping[str, float]) -> list[str]:
+    """What an estimator says of these stats; nothing, of one that never doubts.
+
+    For estimators around another one: whoever passes its stats on passes its doubts on.
+    """
+    return getattr(estimator, "doubts", lambda stats: [])(stats)
+
+
 class Doubter:
     """Warns of an estimator's doubts, of each kind once however the figures in it change.
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergrad.dependence import unused_leaves
+from bilevel.dependence import unused_leaves
 from bilevel.hypergrad.doubts import FirstOrderWarning
 from bilevel.hypergrad.requirements import name_of
 from bilevel.problem import Meta, Scalar

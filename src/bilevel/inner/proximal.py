@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from bilevel.dependence import unused_leaves
 from bilevel.problem import Meta, Problem
 
 
@@ -58,5 +59,4 @@ def proximal(problem: Problem, strength: float | Callable[[Meta], jax.Array]) ->
 
 
 def _reads_key(problem: Problem, meta: Meta, key: jax.Array) -> bool:
-    jaxpr = jax.make_jaxpr(lambda key: problem.init(meta, key))(key).jaxpr
-    return any(jaxpr.invars[0] is v for eqn in jaxpr.eqns for v in eqn.invars)
+    return not unused_leaves(lambda key: problem.init(meta, key), key)

@@ -33,7 +33,8 @@ class Ridge:
         ValueError: when the penalty is neither a scalar nor one for each feature, or the rows disagree.
 
     Stats: `inner_loss`, `inner_residual` of the problem's inner loss. State it as `ridge.loss`, and every
-    other solver and estimator works on the same problem. A penalty that is not positive gives NaN.
+    other solver and estimator works on the same problem. A penalty that is not positive gives NaN where there
+    are fewer rows than features, or no minimum. Features of less than float32 are widened to it.
 
     Cost: n d min(n, d) + min(n, d)³ / 3. Exact with `bl.hypergrad.Unroll()`, `Mixed()`, `Forward()`.
 
@@ -91,6 +92,7 @@ class Ridge:
         y = jnp.asarray(labels if self.targets is None else self.targets(labels))
         # In floats before anything is compared: whole-numbered features would round the penalty away.
         dtype = jnp.result_type(x, jnp.asarray(self.penalty(meta)), float if x.dtype.kind in "iub" else x)
+        dtype = jnp.promote_types(dtype, jnp.float32)  # there is no solver for bfloat16
         x, rho = x.astype(dtype), jnp.asarray(self.penalty(meta), dtype)
         if x.ndim != 2 or x.shape[0] != y.shape[0] or y.ndim not in (1, 2):
             raise ValueError(

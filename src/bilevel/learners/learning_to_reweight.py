@@ -1,5 +1,6 @@
 """Learning to reweight examples: weights from nothing at every step, by the hypergradient at zero weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.hypergrad import Mixed
+from bilevel.hypergrad.doubts import doubts_of
 from bilevel.inner import Gradient
 from bilevel.learners.weighted import require_model, weighted_problem, with_model_step
 from bilevel.nets import Net
@@ -69,6 +71,7 @@ class Reweight:
 
     Raises:
         TypeError: when meta is no dict with a "model".
+        ValueError: when the estimator has a state.
 
     Stats: `used_share` of the examples that have a weight, and those of the estimator.
 
@@ -89,6 +92,11 @@ class Reweight:
     def init(self, problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key) -> tuple[()]:
         """Stateless: the model is in meta."""
         require_model(self, meta)
+        if jax.tree.leaves(self.estimator.init(problem, solver, meta, task, key)):
+            raise ValueError(
+                f"Reweight.estimator must carry no state, and {type(self.estimator).__name__} carries one: "
+                "the weights are new at every step; use bl.hypergrad.Mixed() or Unroll()"
+            )
         return ()
 
     def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, tuple[()]]:
@@ -100,6 +108,10 @@ class Reweight:
         stats = {**h.stats, "used_share": jnp.mean(weights > 0, dtype=weights.dtype)}
         h = Hypergradient(h.value, {}, stats)
         return with_model_step(h, problem, {**meta, "weights": weights}, task, key), state
+
+    def doubts(self, stats: Mapping[str, float]) -> list[str]:
+        """Those of the estimator."""
+        return doubts_of(self.estimator, stats)
 
     def weight_hypergradient(self, problem, solver, meta, task, key) -> Hypergradient:
         """∂F/∂ε at ε = 0, [n], by the same problem with ε for its meta."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.hypergrad import Unroll
+from bilevel.hypergrad.doubts import doubts_of
 from bilevel.inner import ClosedForm
 from bilevel.learners.embedding import embed_noisily_with, embed_with, unit_rows
 from bilevel.learners.losses import cross_entropy
@@ -136,4 +137,4 @@ class TrainedBy:
 
     def doubts(self, stats) -> list[str]:
         """Those of the learner's estimator."""
-        return getattr(self.learner.estimator, "doubts", lambda stats: [])(stats)
+        return doubts_of(self.learner.estimator, stats)

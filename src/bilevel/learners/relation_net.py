@@ -104,14 +104,17 @@ def relation_error(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dic
 
     Args:
         logits: `[n, ways]`.
-        labels: int `[n]`; examples of label −1 count nowhere.
+        labels: int `[n]`, in 0..ways-1; examples of label −1 count nowhere.
+
+    Loss and accuracy are NaN for any other label, and when no example has one, as in `cross_entropy`.
 
     >>> loss, metrics = relation_error(jnp.array([[9.0, -9.0], [0.0, 0.0]]), jnp.array([0, -1]))
     >>> print(loss < 1e-6, metrics["accuracy"])
     True 1.0
     """
-    real = (labels >= 0).astype(logits.dtype)
-    count = jnp.maximum(real.sum(), 1)
+    wrong = jnp.any((labels < -1) | (labels >= logits.shape[-1]))
+    real = jnp.where(wrong, jnp.nan, (labels >= 0).astype(logits.dtype))
+    count = real.sum()
     error = (jax.nn.sigmoid(logits) - memberships(labels, logits.shape[-1], logits.dtype)) ** 2
     right = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
     return jnp.sum(real * error.mean(-1)) / count, {"accuracy": jnp.sum(real * right) / count}

@@ -10,6 +10,7 @@ import optax
 
 from bilevel import hypergrad
 from bilevel.hypergrad.common import differentiate, gradient_stats, split_keys
+from bilevel.hypergrad.doubts import doubts_of
 from bilevel.inner import Gradient
 from bilevel.learners.supervised import supervised
 from bilevel.linalg import reverse_gradient
@@ -70,6 +71,10 @@ class WarpGradient:
         grad = {"init": start.grad, "warp": ahead.grad}
         stats = {**start.stats, "warp_loss": ahead.value, **gradient_stats(start.value, grad)}
         return Hypergradient(start.value, grad, stats), state
+
+    def doubts(self, stats: Mapping[str, float]) -> list[str]:
+        """Those of `start`."""
+        return doubts_of(self.start, stats)
 
 
 def _of_part(problem: Problem, meta: Mapping, name: str) -> Problem:

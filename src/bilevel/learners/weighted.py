@@ -4,8 +4,9 @@ The model is a part of meta, "model", so that a run's checkpoints, evaluation an
 model; evaluation takes 0 inner steps, which leave it as it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 
 from bilevel.hypergrad import Mixed
 from bilevel.hypergrad.common import gradient_stats, split_keys
+from bilevel.hypergrad.doubts import doubts_of
 from bilevel.inner import Gradient
 from bilevel.nets import Net
 from bilevel.problem import Estimator, Hypergradient, InnerSolver, Key, Learner, Meta, Problem, Task
@@ -104,15 +106,19 @@ class Online:
         """What the estimator asks for."""
         self.estimator.check(problem, solver)
 
-    def init(self, problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key) -> tuple[()]:
-        """Stateless: the model is in meta."""
+    def init(self, problem: Problem, solver: InnerSolver, meta: Meta, task: Task, key: Key) -> Any:
+        """The state of the estimator; the model is in meta."""
         require_model(self, meta)
-        return ()
+        return self.estimator.init(problem, solver, meta, task, key)
 
-    def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, tuple[()]]:
+    def estimate(self, problem, solver, meta, task, state, key) -> tuple[Hypergradient, Any]:
         """The direction of the model and of what weighs its examples."""
-        h, _ = self.estimator.estimate(problem, solver, meta, task, (), key)
+        h, state = self.estimator.estimate(problem, solver, meta, task, state, key)
         return with_model_step(h, problem, meta, task, key), state
+
+    def doubts(self, stats: Mapping[str, float]) -> list[str]:
+        """Those of the estimator."""
+        return doubts_of(self.estimator, stats)
 
 
 def with_model_step(h: Hypergradient, problem: Problem, meta: Meta, task: Task, key: Key) -> Hypergradient:

@@ -97,10 +97,11 @@ def parameters(estimator: Any) -> dict[str, Parameter]:
                 f"{instead}; use {name}={allowed[0]!r}, or black-box search such as GridSearchCV"
             )
     for name in found:
-        if np.ndim(getattr(estimator, name) or 0):
+        value = getattr(estimator, name)
+        if value is not None and np.ndim(value):
             raise ValueError(
                 f"{type(estimator).__name__}.{name} must be one number, where the search begins, got "
-                f"{getattr(estimator, name)!r}; for one a feature use per_feature=True"
+                f"{value!r}; for one a feature use per_feature=True"
             )
     return found
 

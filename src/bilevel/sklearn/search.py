@@ -151,7 +151,7 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
             class_weight=getattr(model, "class_weight", None),
             splits=splits,
         )
-        objective = self._objective(model, folds, rng)
+        objective = self._objective(model, folds, space, rng)
         self.converged_ = self._search(objective, space, model, folds[0].support.x.shape[1], rng)
         self._keep(objective.history, space, len(folds))
         self._warn(objective.history[self.best_index_])
@@ -204,12 +204,17 @@ class HypergradientSearchCV(MetaEstimatorMixin, BaseEstimator):  # scikit-learn'
         self.n_splits_ = len(splits)
         return splits
 
-    def _objective(self, model, folds, rng) -> CrossValidation:
+    def _objective(self, model, folds, space: Space, rng) -> CrossValidation:
         twin = model_of(model, folds)
         if self.per_feature and twin.per_feature is None:
             raise ValueError(
                 f"per_feature=True: {type(model).__name__} has no parameter with a value for each feature; "
                 "Ridge, LogisticRegression and KernelRidge have"
+            )
+        if self.per_feature and twin.per_feature not in space.bounds:
+            raise ValueError(
+                f"per_feature=True learns a value of {space.prefix}{twin.per_feature} for each feature, "
+                "which param_space leaves out; add it, or leave param_space out"
             )
         own = getattr(model, "random_state", None)
         seed = int(own) if isinstance(own, int | np.integer) else rng.randint(2**31 - 1)

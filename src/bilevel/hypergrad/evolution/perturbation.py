@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.hypergrad.dependence import unused_leaves
+from bilevel.dependence import unused_leaves
 from bilevel.hypergrad.parts import is_float
 from bilevel.problem import Key, Meta, Scalar
 

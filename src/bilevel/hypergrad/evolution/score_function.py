@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.hypergrad.common import as_floats, gradient_stats, noise_key, outer_objective, split_keys
+from bilevel.hypergrad.doubts import doubts_of
 from bilevel.hypergrad.evolution.perturbation import error_stats, map_chunks, noise_doubts
 from bilevel.hypergrad.requirements import require_count, require_count_or_none
 from bilevel.problem import Estimator, Hypergradient, InnerSolver, Key, Meta, Problem, Scalar
@@ -198,8 +199,9 @@ class ScoreFunction:
         return Hypergradient(value, grad, stats), state
 
     def doubts(self, stats: Mapping[str, float]) -> list[str]:
-        """Says so when noise dominates."""
-        return noise_doubts(self, stats, "num_samples", "take more samples")
+        """Says so when noise dominates, and what `adjoint` says."""
+        noise = noise_doubts(self, stats, "num_samples", "take more samples")
+        return noise + doubts_of(self.adjoint, stats)
 
     def _selected(self, meta: Meta) -> Any:
         """A tree like meta of bool: which leaves are logits."""

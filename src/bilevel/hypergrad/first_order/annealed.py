@@ -1,12 +1,14 @@
 """First-order hypergradients for a while, exact ones afterwards (MAML++'s derivative-order annealing)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
+from bilevel.hypergrad.doubts import doubts_of
 from bilevel.hypergrad.requirements import require_iterative
+from bilevel.inner import unroll
 from bilevel.linalg import reverse_gradient
 from bilevel.problem import Estimator, Hypergradient, InnerSolver, IterativeSolver, Problem, Solution
 
@@ -19,7 +21,8 @@ class AnnealedOrder:
         from then on:               `then`
 
     Unlike `FirstOrder` this differentiates the optimizer's arithmetic, so that rates are learned from the
-    first step: φₖ₊₁ = φₖ − α ∇g has the derivative −∇g in α.
+    first step: φₖ₊₁ = φₖ − α ∇g has the derivative −∇g in α. A leaf that acts inside the inner loss alone has
+    a hypergradient of exactly zero until then.
 
     Args:
         then: an estimator that goes through the steps: `Mixed()`, `Unroll()`, `MultiStep(n)`.
@@ -78,6 +81,10 @@ class AnnealedOrder:
         h, inner = jax.lax.cond(count < self.num_steps, of(_Detached(solver)), of(solver), inner)
         return h, (count + 1, inner)
 
+    def doubts(self, stats: Mapping[str, float]) -> list[str]:
+        """Those of `then`."""
+        return doubts_of(self.then, stats)
+
 
 @dataclass(frozen=True)
 class _Detached:
@@ -100,4 +107,7 @@ class _Detached:
         return self.solver.step(problem, meta, task, state, key, constant)
 
     def solve(self, problem, meta, task, key) -> Solution:
-        return self.solver.solve(problem, meta, task, key)
+        state, losses = unroll(
+            problem, self, meta, task, key
+        )  # by the steps above, whatever the solver's own
+        return Solution(state.params, {"inner_loss": losses[-1]} if self.num_steps else {})

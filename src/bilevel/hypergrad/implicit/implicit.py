@@ -176,11 +176,11 @@ def _transposed_product(root: Callable, at: Params, symmetric: bool) -> Callable
 def inner_doubts(name: str, stats: Mapping[str, float], tolerance: float) -> list[str]:
     """Doubts about the inner solution itself."""
     residual, error = stats["inner_residual"], stats["inner_error"]
-    if not stats["finite"]:
+    if not stats["finite"] >= 1:  # a mean over tasks
         return [
-            f"{name}: the inner solution or what follows from it is not finite (inner_residual "
-            f"{residual:.3g}), so there is no hypergradient: the inner solver diverged. Lower its step size, "
-            "or use bl.inner.Converged(...)"
+            f"{name}: the inner solution or what follows from it is not finite in {1 - stats['finite']:.0%} "
+            f"of the tasks (inner_residual {residual:.3g}), so there is no hypergradient: the inner solver "
+            "diverged. Lower its step size, or use bl.inner.Converged(...)"
         ]
     said = []
     if not stats.get("converged", 1.0) >= 1:

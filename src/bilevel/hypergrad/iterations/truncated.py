@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +53,12 @@ class Truncated:
             its gradient here is exactly zero.
 
     Stats: `truncated_steps` = K − k; `adjoint_share` = |λ_{K−k}| / |λ_K|, how much of the adjoint was left
-    where it was cut: 0 when nothing was.
+    where it was cut: 0 when nothing was. With an optimizer that has a memory the larger of |λ_{K−k}| and
+    |λ_{K−k−1}|: what is left may be in the memory, and shows in params one step further back.
 
-    Cost: K inner gradients and about 3 more for each of the k steps; memory that of `adjoint` for k steps,
-    independent of K and of dim θ. Biased: near a minimum with curvatures in [μ, L] the error falls like
-    (1 − μ/L)ᵏ; on short horizons it may point the wrong way.
+    Cost: K inner gradients and about 3 more for each of the k steps (and for one more, where the optimizer
+    has a memory); memory that of `adjoint` for k steps, independent of K and of dim θ. Biased: near a minimum
+    with curvatures in [μ, L] the error falls like (1 − μ/L)ᵏ; on short horizons it may point the wrong way.
 
     Reference: Shaban, Cheng, Hatch, Boots, 2019; Wu, Ren, Liao, Grosse, 2018 (short-horizon bias).
 
@@ -105,8 +107,8 @@ class Truncated:
             value, stats = outer_objective(problem, params, meta, task, outer_key)
             return value, {"inner_loss": losses[-1], **stats} if solver.num_steps else stats
 
-        def objective(meta, first, last):
-            floats, rest = apart(self._start(problem, solver, meta, task, inner_key))
+        def objective(meta, first, last, before):
+            floats, rest = apart(self._start(problem, solver, meta, task, inner_key, before))
             return from_start(meta, joined(optax.tree.add(floats, first), rest), last)
 
         shapes = jax.eval_shape(lambda: self._start(problem, solver, meta, task, inner_key))
@@ -120,9 +122,14 @@ class Truncated:
                 return from_start(meta, blank, zeros.params, Unroll())[0]
 
             warn_of_zero_leaves(self, reached, meta, because=_OUT_OF_REACH)
-        run = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)
-        (value, stats), (grad, first, last) = run(meta, zeros, zeros.params)
-        share = ratio(norm(first.params), norm(last)) if cut else jnp.float32(0)
+        remembers = len(jax.tree.leaves(zeros)) > len(jax.tree.leaves(zeros.params))
+        before = zeros if cut and remembers else None
+        run = jax.value_and_grad(objective, argnums=(0, 1, 2, 3), has_aux=True)
+        (value, stats), (grad, first, last, before) = run(meta, zeros, zeros.params, before)
+        left = norm(first.params)
+        if before is not None:
+            left = jnp.maximum(left, norm(before.params))
+        share = ratio(left, norm(last)) if cut else jnp.float32(0)
         more = {"truncated_steps": jnp.float32(cut), "adjoint_share": share}
         return Hypergradient(value, grad, {**stats, **more, **gradient_stats(value, grad)}), state
 
@@ -137,15 +144,23 @@ class Truncated:
             "more steps, or all of them in little memory with bl.hypergrad.Mixed(checkpoint=bl.inner.Tree())",
         )
 
-    def _start(self, problem, solver, meta, task, key) -> InnerState:
-        """The state where differentiation begins: a constant, unless it is the first one."""
+    def _start(self, problem, solver, meta, task, key, before: Any = None) -> InnerState:
+        """The state where differentiation begins: a constant, unless it is the first one.
+
+        `before` is zeros that are added to the floats one step earlier: their gradient is the adjoint there.
+        """
         init_key, step_key = jax.random.split(key)
         cut = solver.num_steps - self.num_steps
         if cut <= 0:
             return solver.init(problem, meta, task, init_key)
         meta = jax.lax.stop_gradient(meta)
         state = solver.init(problem, meta, task, init_key)
-        return jax.lax.stop_gradient(run_steps(problem, solver, meta, task, state, step_key, cut)[0])
+        if before is None:
+            return jax.lax.stop_gradient(run_steps(problem, solver, meta, task, state, step_key, cut)[0])
+        state = jax.lax.stop_gradient(run_steps(problem, solver, meta, task, state, step_key, cut - 1)[0])
+        floats, rest = apart(state)
+        state = joined(optax.tree.add(floats, before), rest)
+        return run_steps(problem, solver, meta, task, state, step_key, 1, gradient=self.adjoint.gradient)[0]
 
     def _finish(self, problem, solver, meta, task, start, key, adjoint) -> tuple[InnerState, jax.Array]:
         """The differentiated steps."""
