@@ -192,7 +192,7 @@ def omniglot(folder: Path) -> None:
     names |= {"20w1s": "20-way 1-shot", "20w5s": "20-way 5-shot"}
     module = runpy.run_path(str(Path(__file__).parents[1] / "omniglot_table.py"))
     runs = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "omniglot").glob("*.json"))}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9), width_ratios=(1, 1.25))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.9), width_ratios=(1.2, 1.25))
     for place, (name, run) in enumerate(runs.items()):
         colour, mark = CYCLE[place % len(CYCLE)], MARKS[place % len(MARKS)]
         again = place >= len(CYCLE)  # a colour's second run: dashed, and hollow
@@ -214,7 +214,8 @@ def omniglot(folder: Path) -> None:
     left.set(title="Training tasks", xlabel="outer steps", ylabel="query accuracy, %")
     right.set(title="Tasks of unseen classes", xticks=range(4), xticklabels=list(names.values()))
     right.set(ylabel="accuracy, %, with 95 % intervals")
-    left.legend()
+    left.set_xlim(right=1.6 * left.get_xlim()[1])  # room for the names beside the curves
+    left.legend(loc="center right")
     right.legend(loc="lower right")
     figure.tight_layout()
     save(figure, folder, "omniglot")
