@@ -166,7 +166,7 @@ class Speed(NamedTuple):
 def speed(work: Work, method: Method, rounds: int) -> Speed:
     """Rounds in which ours and the reference take the same number of steps, one after the other."""
     rate, outer = work.rates[0], work.outer_rates[0]
-    n = 16 if method.num_steps > 1 or work.oracles is not reference.LOGISTIC else 256
+    n = 16 if method.num_steps > 1 else 256 if work.oracles is reference.LOGISTIC else 64
     steps = compile_steps(work, method, rate, n)
     theirs, rng = reference.METHODS[method.name], np.random.default_rng(0)
     state = first_state(work, method.name, rate)
