@@ -196,9 +196,8 @@ def bundled(name: str) -> Work:
 def cross_entropy(params, x, y):
     """Of each example `[n]`. A row of φ a class: with a column a class its gradient takes twice as long."""
     scores = x @ params.T
-    right = y[:, None] == jnp.arange(
-        scores.shape[1]
-    )  # its derivative is a product, that of an index a scatter
+    # A mask, not an index: its derivative is a product, that of an index a scatter.
+    right = y[:, None] == jnp.arange(scores.shape[1])
     return jax.nn.logsumexp(scores, axis=1) - jnp.sum(jnp.where(right, scores, 0), 1)
 
 

@@ -397,10 +397,3 @@ def test_inner_loss_is_the_one_where_the_last_step_began():
     before = replace(solver, num_steps=4).solve(problem, meta, task, jax.random.split(KEY)[0]).params
     expected = problem.inner_loss(before, meta, task.support, KEY)
     assert_close("inner_loss", h.stats["inner_loss"], expected, 1e-6)
-
-
-def test_a_meta_without_arrays_is_refused():
-    problem = bl.Problem(lambda meta, key: jnp.zeros(2), *[lambda params, *rest: jnp.sum(params**2)] * 2)
-    solver = bl.inner.Gradient(optax.sgd(0.1), 1)
-    with pytest.raises(ValueError, match=r"meta has no arrays in it, so there is nothing to learn; got \{\}"):
-        bl.hypergradient(problem, solver, bl.hypergrad.Mixed(), {}, bl.Task(None, None), jax.random.key(0))

@@ -85,6 +85,8 @@ def test_what_was_learned_is_evaluated_and_drawn(tmp_path):
     }
     assert "± 0.5" in summary(uneven) and "over 2 tasks" in summary(uneven)
     page = write_report([folder], tmp_path / "page.html").read_text()
+    lead = page.split("<h2")[1]  # the result: nor does the page claim one
+    assert "±" not in lead and "of a single test set, which has no interval" in lead
     assert "mean log penalty" in page
     assert "log penalty &lt;of each&gt;" in page
     assert 'alt="penalties &amp; more"' in page

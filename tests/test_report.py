@@ -255,17 +255,6 @@ def test_a_damaged_file_of_examples_is_a_note(tmp_path):
     assert "examples.npz is not readable" in page.text
 
 
-def test_a_single_test_set_has_no_interval(tmp_path):
-    run = make_run(tmp_path / "run")
-    path = run / "evaluation.json"
-    evaluation = json.loads(path.read_text())
-    for curve in evaluation["curves"].values():
-        curve["ci95"] = [0.0] * len(curve["ci95"])
-    path.write_text(json.dumps(evaluation | {"scratch": None}))
-    lead = write_report([run]).read_text(encoding="utf-8").split("<h2")[1]
-    assert "±" not in lead and "single test set" in lead
-
-
 def test_half_written_line(tmp_path):
     run = make_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:

@@ -184,3 +184,10 @@ def test_a_start_of_python_numbers_is_compiled_once():
     for _ in range(3):
         state = step(state, sample(KEY))
     assert len(traced) == 1
+
+
+def test_a_meta_without_arrays_is_refused():
+    problem = bl.Problem(lambda meta, key: jnp.zeros(2), *[lambda params, *rest: jnp.sum(params**2)] * 2)
+    solver = bl.inner.Gradient(optax.sgd(0.1), 1)
+    with pytest.raises(ValueError, match=r"meta has no arrays in it, so there is nothing to learn; got \{\}"):
+        bl.hypergradient(problem, solver, bl.hypergrad.Mixed(), {}, bl.Task(None, None), jax.random.key(0))

@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from bilevel.errors import DAMAGED_ZIP
 from bilevel.recipes.config import first_difference
 from bilevel.recipes.evaluation import PER_TASK, Asked, Trained, describe_tasks, judge, read_trained
 from bilevel.recipes.run import eval_steps, write_text
@@ -137,7 +136,7 @@ def _stored(run: Trained, count: int, steps: int | None, seed: int) -> dict[str,
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (*DAMAGED_ZIP, OSError, ValueError):
         return None  # damaged: the run is judged anew
     about = {name: int(arrays.pop(name)) for name in ("seed", "meta_step", "num_steps")}
     wanted = {"seed": seed, "meta_step": run.meta_step}

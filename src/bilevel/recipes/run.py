@@ -101,15 +101,13 @@ def train_recipe(
         written. Nothing is left behind by a run that could not be built.
     """
     check_folder(name, recipe, folder, resume)
-    if resume:
-        saved = saved_validation(folder)
-        validation = validation or saved
-        if difference := first_difference(asdict(saved), asdict(validation), "validation."):
-            raise ValueError(
-                f"{folder} was started with another validation: {difference}; leave the flag out, or take "
-                "another --folder"
-            )
-    validation = validation or Validation()
+    saved = saved_validation(folder) if resume else Validation()
+    validation = validation or saved
+    if resume and (difference := first_difference(asdict(saved), asdict(validation), "validation.")):
+        raise ValueError(
+            f"{folder} was started with another validation: {difference}; leave the flag out, or take "
+            "another --folder"
+        )
     options = getattr(recipe, "loop", None) or bl.Options()
     if options.devices > 1:
         make_devices(options.devices)  # before the first array is made

@@ -2,8 +2,6 @@
 
 import base64
 import io
-import zipfile
-import zlib
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bilevel.errors import DAMAGED_ZIP
 from bilevel.report.curves import MAX_PANELS, series
 from bilevel.report.html import table
 from bilevel.report.plots import Frame, Line, draw
@@ -81,7 +80,7 @@ def _read(run: Run) -> dict[str, np.ndarray]:
         with np.load(run.folder / "learned.npz", allow_pickle=False) as file:
             captions = [str(caption) for caption in file["captions"]]
             found = {name: np.asarray(file[f"pictures_{i}"], float) for i, name in enumerate(captions)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (*DAMAGED_ZIP, OSError, ValueError, KeyError):
         return {}
     return {name: array for name, array in found.items() if array.ndim == 3 and array.size}
 

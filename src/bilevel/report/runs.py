@@ -3,14 +3,14 @@
 import json
 import math
 import shlex
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from bilevel.errors import DAMAGED_ZIP
 
 MARKS = ("config.json", "metrics.jsonl", "evaluation.json")  # one of them makes a run folder
 
@@ -190,7 +190,7 @@ def _read_examples(path: Path, notes: list[Note], command: str) -> dict[str, np.
     try:
         with np.load(path, allow_pickle=False) as arrays:
             examples = {key: arrays[key] for key in arrays.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+    except (*DAMAGED_ZIP, OSError, ValueError, AttributeError) as error:
         notes.append(Note(f"{path.name} is not readable ({type(error).__name__}).", command))
         return {}
     wrong = _wrong_shapes(examples)

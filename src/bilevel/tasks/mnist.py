@@ -4,13 +4,12 @@ import gzip
 import hashlib
 import os
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bilevel.errors import DAMAGED_ZIP
 from bilevel.tasks.download import download as fetch
 from bilevel.tasks.download import places, temporary_beside
 
@@ -25,7 +24,7 @@ ARCHIVES = {
 }
 SIDE, NUM_TRAIN, NUM_TEST = 28, 60_000, 10_000
 _MAGIC = 0x0800  # of bytes; the lowest byte is the number of axes
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, TypeError, KeyError)
+_DAMAGE = (*DAMAGED_ZIP, OSError, ValueError, TypeError, KeyError)
 
 
 class Mnist(NamedTuple):

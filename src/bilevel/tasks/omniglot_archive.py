@@ -9,12 +9,12 @@ import os
 import re
 import stat
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
+from bilevel.errors import DAMAGED_ZIP
 from bilevel.tasks.download import hash_of, temporary_beside
 
 # Official archives and their SHA-256.
@@ -32,7 +32,6 @@ SIDE = 105
 _PACKED_BYTES = (SIDE * SIDE + 7) // 8
 _LARGEST_MEMBER = 1 << 20  # bytes; real drawings have some hundred
 _LARGEST_ARCHIVE = 1 << 27
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)
 _MEMBER = re.compile(r"(\d{4})_(\d{2})\.png")
 
 
@@ -71,7 +70,7 @@ def read_packed(path: Path) -> Drawings:
     try:
         with np.load(path, allow_pickle=False) as file:
             parts = [file[name] for name in shapes]
-    except (*_DAMAGE, OSError, ValueError, TypeError, KeyError) as error:
+    except (*DAMAGED_ZIP, OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged or no packed Omniglot ({_first_line(error)}); delete it and get it again"
         ) from error
@@ -113,7 +112,7 @@ def read_zip(path: Path) -> Drawings:
                 name = _MEMBER.fullmatch(PurePosixPath(member.filename).name)
                 if name:
                     pictures[int(name[1]), int(name[2])] = archive.read(member)
-    except (*_DAMAGE, NotImplementedError, RuntimeError) as error:
+    except (*DAMAGED_ZIP, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"{path} is a damaged zip ({_first_line(error)}); delete it and get it again"
         ) from error

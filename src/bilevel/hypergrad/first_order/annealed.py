@@ -107,7 +107,6 @@ class _Detached:
         return self.solver.step(problem, meta, task, state, key, constant)
 
     def solve(self, problem, meta, task, key) -> Solution:
-        state, losses = unroll(
-            problem, self, meta, task, key
-        )  # by the steps above, whatever the solver's own
+        # By the steps above: the solver's own way would not be detached.
+        state, losses = unroll(problem, self, meta, task, key)
         return Solution(state.params, {"inner_loss": losses[-1]} if self.num_steps else {})
